@@ -1,0 +1,247 @@
+"""Models from files: GGUF, a Hugging Face directory, the Hub by name; and back to a directory for transformers."""
+
+import copy
+import dataclasses
+import functools
+import os
+import re
+from pathlib import Path as File
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import transformers
+from jaxtyping import Array
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from peft_jax.core import Forward, Params
+from peft_jax.files import replacing
+from peft_jax.interop import gguf
+from peft_jax.interop.gguf_tokenizer import read_tokenizer
+from peft_jax.models import gpt2, llama
+from peft_jax.models.checkpoint import Reader, open_safetensors, read_json, read_params, write_params
+from peft_jax.trees import ADDED, weights
+
+FAMILIES: tuple[ModuleType, ...] = (llama, gpt2)
+
+WANTED = ["model*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
+OURS = (".safetensors", ".json", ".jinja", ".txt", ".model")  # what a saved model consists of, by suffix
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A language model.
+
+    params      its parameter tree, plain arrays
+    forward     its pure forward function: ``forward(params, tokens) -> logits``
+    config      its transformers config
+    tokenizer   its transformers tokenizer, or None
+    generation  its transformers generation config (when to stop, how to sample), or None
+    """
+
+    params: Params
+    forward: Forward
+    config: Any
+    tokenizer: Any = None
+    generation: Any = None
+
+
+def family(model_type: str) -> ModuleType:
+    """The module that implements a transformers ``model_type``.
+
+    Raises:
+        ValueError: if none does, with the list of those that are supported.
+    """
+    for module in FAMILIES:
+        if model_type in module.MODEL_TYPES:
+            return module
+    supported = ", ".join(kind for module in FAMILIES for kind in module.MODEL_TYPES)
+    raise ValueError(f"the architecture {model_type!r} is not supported: {supported} are")
+
+
+def from_config(
+    config: Any,
+    key: Array,
+    *,
+    dtype: Any = jnp.float32,
+    compute_dtype: Any = None,
+    scan: bool = True,
+    remat: str = "full",
+) -> Model:
+    """A model with random weights, from a transformers config.
+
+    Under `jax.eval_shape` the tree is abstract, and no weight is made.
+
+    Raises:
+        ValueError: if the architecture is not supported.
+
+    >>> import jax, transformers
+    >>> from peft_jax import models
+    >>> config = transformers.LlamaConfig(hidden_size=4096, vocab_size=32000, num_hidden_layers=32)
+    >>> params = jax.eval_shape(lambda key: models.from_config(config, key).params, jax.random.key(0))
+    >>> params["model"]["layers"]["self_attn"]["q_proj"]["kernel"].shape
+    (32, 4096, 4096)
+    """
+    module = family(config.model_type)
+    forward = module.build(config, scan=scan, remat=remat, compute_dtype=compute_dtype)
+    params = jax.jit(functools.partial(module.init, config=config, scan=scan, dtype=dtype))(key)
+    return Model(params, forward, config)
+
+
+def load(
+    source: str | os.PathLike[str],
+    *,
+    dtype: Any = jnp.float32,
+    compute_dtype: Any = None,
+    scan: bool = True,
+    remat: str = "full",
+    shardings: Any = None,
+    tokenizer: Any = None,
+) -> Model:
+    """A pretrained model, from a ``.gguf`` file, a Hugging Face directory, or (online) a name on the Hugging Face Hub.
+
+    Args:
+        source: the file, directory or name.
+        dtype: what the weights are kept in.
+        compute_dtype: what the layers compute in; by default `dtype`.
+        scan: stacks the layers and scans over them; otherwise the tree holds ``layers_0``, ``layers_1`` and so on.
+        remat: what the backward pass recomputes: "full", "dots" or "none".
+        shardings: a sharding, or a tree of them that the parameter tree refines, in which arrays are created directly.
+        tokenizer: a tokenizer, or the directory of one, in place of the source's own.
+
+    Raises:
+        ValueError: if the source is damaged, pickled, of an unknown architecture, or does not match its config: a
+            missing, extra or misshapen tensor is named.
+        FileNotFoundError: if the source is not there.
+        ConnectionError: if a Hub name cannot be fetched.
+
+    Departures: transformers fills missing tensors with random numbers and passes over extra ones, with a warning.
+    """
+    path = File(source).expanduser()
+    if isinstance(tokenizer, str | os.PathLike):
+        tokenizer = _tokenizer(File(tokenizer))
+    if path.is_file():
+        found = _open_gguf(path, tokenizer)
+    else:
+        found = _open_folder(path if path.is_dir() else _download(os.fspath(source)), tokenizer)
+    module = family(found.config.model_type)
+    forward = module.build(found.config, scan=scan, remat=remat, compute_dtype=compute_dtype)
+    init = functools.partial(module.init, config=found.config, scan=scan, dtype=dtype)
+    abstract, layers = jax.eval_shape(init, jax.random.key(0)), found.config.num_hidden_layers
+    params = read_params(found.reader, module.tensors(found.config), abstract, layers, scan, shardings)
+    return Model(params, forward, found.config, found.tokenizer, found.generation)
+
+
+class _Source(NamedTuple):
+    config: Any
+    reader: Reader
+    tokenizer: Any
+    generation: Any = None
+
+
+def _open_gguf(path: File, tokenizer: Any) -> _Source:
+    file = gguf.open_file(path)
+    config = gguf.read_config(file)
+    return _Source(config, gguf.open_tensors(file, config), tokenizer or read_tokenizer(file))
+
+
+def _open_folder(path: File, tokenizer: Any) -> _Source:
+    config, generation = _config(path), None
+    if (path / "generation_config.json").is_file():
+        generation = transformers.GenerationConfig.from_pretrained(path, local_files_only=True)
+    return _Source(config, open_safetensors(path), tokenizer or _tokenizer(path), generation)
+
+
+def _config(folder: File) -> Any:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{folder} holds no config.json: it is not a model's directory")
+    fields = read_json(file)
+    if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str):
+        raise ValueError(f"{file} does not name a model_type")
+    family(fields["model_type"])
+    if "quantization_config" in fields:
+        method = fields["quantization_config"].get("quant_method", "?")
+        raise ValueError(f"{folder} holds weights quantised by {method}: load the original model, and quantise it here")
+    return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+
+
+def _tokenizer(folder: File) -> Any:
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        return None
+    return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _download(name: str) -> File:
+    """The local snapshot of a model on the Hub, fetched if need be: safetensors, JSON and text only."""
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) or name.endswith(".gguf"):
+        raise FileNotFoundError(f"{name} is not there")
+    import huggingface_hub  # loaded when it is needed: nothing else here touches the network
+
+    try:
+        return File(huggingface_hub.snapshot_download(name, allow_patterns=WANTED, ignore_patterns="*/*"))
+    except huggingface_hub.errors.RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{name} is neither a file or directory here nor a model on the Hugging Face Hub that you may read: {error}"
+        ) from None
+    except Exception as error:  # whatever the network layer raises
+        raise ConnectionError(
+            f"{name} is not a file or directory here, and the Hugging Face Hub could not be reached: go online, or "
+            "give the path of a GGUF file or of a directory with config.json and safetensors "
+            f"({type(error).__name__}: {error})"
+        ) from error
+
+
+# -- saving -----------------------------------------------------------------------------------------------------------
+
+
+def save(
+    folder: str | os.PathLike[str], model: Model, params: Params | None = None, *, shard_bytes: int = 2_000_000_000
+) -> None:
+    """Writes a directory that transformers loads: safetensors, config, generation config and tokenizer.
+
+    The directory appears whole or not at all: it is written beside its place, then renamed; a saved model that was
+    there is replaced.
+
+    Args:
+        folder: the directory.
+        model: what to save.
+        params: the tree to save in place of `model.params`: stacked or unrolled, as the model was loaded.
+        shard_bytes: the largest file, unless a single tensor is larger.
+
+    Raises:
+        ValueError: if the tree holds typed leaves (merge them first), or is not a tree of this model.
+        FileExistsError: if the directory holds anything that is not part of a saved model.
+    """
+    params = model.params if params is None else params
+    if typed := weights(params):
+        raise ValueError(
+            f"the tree holds {type(typed[0]).__name__} leaves: merge them first, save(…, pj.merge(params))"
+        )
+    if added := [entry for entry in ADDED if entry in params]:
+        raise ValueError(f"the tree holds {added[0]}, which a model's directory has no place for: save the adapter")
+    folder = File(folder).expanduser()
+    if strays := sorted(f.name for f in folder.glob("*") if f.is_dir() or f.suffix not in OURS):
+        raise FileExistsError(f"{folder} holds {strays[0]}, which saving would delete: choose another directory")
+    with replacing(folder) as fresh:
+        _write(fresh, model, params, shard_bytes)
+
+
+def _write(folder: File, model: Model, params: Params, shard_bytes: int) -> None:
+    config = copy.deepcopy(model.config)
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+    config.dtype = str(jax.tree.leaves(params)[0].dtype)
+    scan = not any(name.startswith("layers_") for name in _names(params))
+    tensors = family(config.model_type).tensors(config)
+    write_params(folder, params, tensors, config.num_hidden_layers, scan, shard_bytes=shard_bytes)
+    config.save_pretrained(folder)
+    if model.generation is not None:
+        model.generation.save_pretrained(folder)
+    if model.tokenizer is not None:
+        model.tokenizer.save_pretrained(folder)
+
+
+def _names(params: Params) -> set[str]:
+    return {jax.tree_util.keystr((key,), simple=True) for keys, _ in jax.tree.leaves_with_path(params) for key in keys}
