@@ -1,0 +1,100 @@
+"""Leaves trained whole: biases, norms, embeddings, new heads, or (``unfreeze(".*")``) full fine-tuning."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from peft_jax import trees
+from peft_jax.core import Forward, Method, Params, Ports
+from peft_jax.trees import Pattern, Site
+from peft_jax.weights import Leaf, Weight, innermost, is_weight, rebase, static
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Unfrozen(Weight):
+    """An array that trains: `value` stands in for `base`, which is kept (or None) so that `pj.strip` can give it back.
+
+    With `layers`, `value` holds those layers of a stacked leaf only, and the others stay the base's.
+    """
+
+    trains = ("value",)
+
+    base: Any
+    value: Any
+    layers: tuple[int, ...] | None = static(default=None)
+    name: str = static(default="unfreeze")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.value.shape if self.layers is None else self.base.shape)
+
+    @property
+    def dtype(self) -> Any:
+        return self.value.dtype
+
+    def materialise(self) -> Array:
+        return self.value if self.layers is None else self.base.at[jnp.array(self.layers)].set(self.value)
+
+    def numbers(self) -> tuple[int, int]:
+        # Either array is None in one half of a partition.
+        trained = 0 if self.value is None else int(self.value.size)
+        if self.layers is None or self.base is None:
+            return trained, 0
+        return trained, int(self.base.size) // self.base.shape[0] * (self.base.shape[0] - len(self.layers))
+
+
+def unfreeze(select: Pattern, *, keep_base: bool = True, name: str = "unfreeze") -> Method:
+    """Trains every leaf that `select` matches, whatever its kind, whole.
+
+    Args:
+        select: a pattern over the model's names (see `pj.select`); biases and norms are offered too.
+        keep_base: keeps the loaded array beside the trained one, so that `pj.strip` works.  Without it a leaf costs
+            its memory once, and strip raises.
+        name: what tells this method from another of its kind in one chain.
+
+    >>> import jax, peft_jax as pj
+    >>> from peft_jax import methods
+    >>> forward = pj.Forward(lambda params, inputs, ports: inputs.tokens * params["norm"]["scale"])
+    >>> params = {"norm": {"scale": jax.numpy.ones(3)}, "kernel": jax.numpy.ones((3, 3))}
+    >>> params, forward = methods.unfreeze("norm")(jax.random.key(0), params, forward)
+    >>> pj.count(params)
+    Count(trainable=3, frozen=9, bytes=60)
+    """
+
+    def init(key: Array, params: Params, forward: Forward) -> Params:
+        trees.claim(name, params)
+        found = trees.select(select, params, forward, adaptable=lambda site, leaf: True)
+        return trees.map_leaves(lambda path, leaf: _unfreeze(found.get(path), leaf, keep_base, name), params)
+
+    def wrap(forward: Forward) -> Forward:
+        def bare(params: Params, ports: Ports) -> tuple[Params, Ports]:
+            return trees.rewrite(params, name, lambda path, w: w.materialise()), ports
+
+        return forward.rewritten(bare)
+
+    return Method(init, wrap)
+
+
+def _unfreeze(site: Site | None, leaf: Leaf, keep_base: bool, name: str) -> Leaf:
+    if site is None:
+        return leaf
+    for other in trees.weights(leaf):
+        if isinstance(other, Unfrozen):
+            raise ValueError(f"{'/'.join(site.path)} is already trained whole, by the method named {other.name!r}")
+    if is_weight(innermost(leaf)):
+        kind = type(innermost(leaf)).__name__
+        raise TypeError(
+            f"{'/'.join(site.path)} is stored as {kind} and cannot be trained whole: leave it out of select"
+        )
+    layers = None if all(site.chosen) else tuple(i for i, chosen in enumerate(site.chosen) if chosen)
+
+    def train(base: Array) -> Unfrozen:
+        # A copy: the trained array is donated by the training step, the base is not.
+        value = jnp.copy(base) if layers is None else base[jnp.array(layers)]
+        return Unfrozen(base if keep_base or layers else None, value, layers, name)
+
+    return rebase(leaf, train)
