@@ -1,0 +1,167 @@
+"""What the leaves of a tree say: low-rank products, magnitudes, and what trains whole, each by the source's module."""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from peft_jax import trees
+from peft_jax.adapters import Adapters
+from peft_jax.core import Params, Path
+from peft_jax.interop.hf_peft.names import Source
+from peft_jax.methods.dora import DoRA, column_norms
+from peft_jax.methods.lora import LoRA
+from peft_jax.methods.pissa import Residual
+from peft_jax.methods.unfreeze import Unfrozen
+from peft_jax.weights import Leaf, base_of, is_weight, materialise
+
+
+class Term(NamedTuple):
+    """``scale · a b``: one low-rank product of a matrix.  a ``[in, r]``, b ``[r, out]``."""
+
+    a: np.ndarray
+    b: np.ndarray
+    scale: np.float32
+
+
+class Adapter(NamedTuple):
+    """What a module of the source gets: one term, and DoRA's magnitude."""
+
+    term: Term
+    magnitude: np.ndarray | None
+
+
+class Read(NamedTuple):
+    """What a leaf holds: terms (a, b, scale, each layer's rank) and magnitudes, on the host, layers first; its base."""
+
+    terms: list[tuple[np.ndarray, np.ndarray, np.ndarray, tuple[int, ...]]]
+    magnitude: np.ndarray | None
+    base: Leaf
+
+    def at(self, layer: int) -> list[Term]:
+        return [Term(a[layer, :, :r], b[layer, :r], s[layer]) for a, b, s, ranks in self.terms if (r := ranks[layer])]
+
+
+def one_of_a_stack(params: Params, adapter: str | None) -> Params:
+    """The tree with one adapter of each stack in its place."""
+
+    def each(path: Path, leaf: Leaf) -> Leaf:
+        if not isinstance(leaf, Adapters):
+            return leaf
+        if adapter not in leaf.names:
+            known = ", ".join(leaf.names)
+            raise ValueError(f"the tree holds the adapters {known}: say which to save, adapter=… (got {adapter!r})")
+        index, lead = leaf.names.index(adapter), leaf.active.ndim
+        layers = len(leaf.several.ranks) // len(leaf.names)
+        mine = jax.tree.map(lambda x: np.asarray(x).take(index, lead), leaf.several)
+        ranks = leaf.several.ranks[index * layers : (index + 1) * layers]
+        return LoRA(leaf.base, mine.a, mine.b, mine.scale, ranks=ranks, name=adapter)
+
+    chosen = trees.map_leaves(each, params)
+    if adapter is not None and not any(isinstance(leaf, Adapters) for leaf in trees.leaves(params).values()):
+        raise ValueError(f"there is no adapter {adapter!r}: the tree holds no stack of adapters")
+    return chosen
+
+
+def read_leaf(path: Path, leaf: Leaf) -> Read:
+    """What a leaf holds.
+
+    Raises:
+        ValueError: on a leaf that the format cannot hold, or half of one.
+    """
+    where, terms, magnitude = "/".join(path), [], None
+    if any(
+        getattr(w, name, w) is None for w in trees.weights(leaf) for name in ("a", "b", "scale", "magnitude", "value")
+    ):
+        raise ValueError(f"{where} has holes: combine the two halves of the partition first")
+    if isinstance(leaf, DoRA):
+        magnitude, leaf = np.atleast_2d(np.asarray(leaf.magnitude)), leaf.base
+    while type(leaf) in (LoRA, Residual):
+        scale = np.atleast_1d(np.asarray(leaf.scale, np.float32))
+        a, b = (np.asarray(x).reshape(len(scale), *x.shape[-2:]) for x in (leaf.a, leaf.b))
+        if isinstance(leaf, LoRA):
+            ranks = leaf.ranks
+        else:
+            scale, ranks = -scale, tuple(_used(*pair) for pair in zip(a, b, scale, strict=True))
+        terms.append((a, b, scale, ranks))
+        leaf = leaf.base
+    if not isinstance(leaf, Unfrozen) and (base_of(leaf) is not None or (is_weight(leaf) and leaf.trains)):
+        raise ValueError(f"{where} holds a {type(leaf).__name__} leaf, which HF PEFT's LoRA format cannot hold")
+    return Read(terms, magnitude, leaf)
+
+
+def _used(a: np.ndarray, b: np.ndarray, scale: np.float32) -> int:
+    """The rank of a product padded with zeros; 0 where its scale is."""
+    used = np.any(a != 0, 0) & np.any(b != 0, 1)
+    return int(used.nonzero()[0].max(initial=-1)) + 1 if scale else 0
+
+
+def trains(read: Read, layer: int | None) -> bool:
+    """Whether a layer of the leaf is trained whole."""
+    return isinstance(read.base, Unfrozen) and (read.base.layers is None or layer in read.base.layers)
+
+
+def adapter_of(source: Source, read: dict[Path, Read]) -> Adapter | None:
+    """A module's adapter: its parts' and their terms side by side, as one product of the summed rank."""
+    terms = [read[part.path].at(part.layer or 0) for part in source.parts]
+    everything = [term for mine in terms for term in mine]
+    if not everything:
+        return None
+    scale = next((term.scale for term in everything if term.scale), np.float32(0))
+    magnitude = _magnitude(source, read, [bool(mine) for mine in terms])
+    if len(terms) > 1 and _share_a(terms):
+        b = np.concatenate([term.b for term in everything], -1)
+        return Adapter(Term(everything[0].a, b, scale), magnitude)
+    rows = []
+    for part, mine in zip(source.parts, terms, strict=True):
+        for term in mine:
+            mine_b = _rescaled(term, scale)
+            b = np.zeros((len(mine_b), source.outputs), mine_b.dtype)
+            b[:, part.start : part.stop] = mine_b
+            rows.append(b)
+    return Adapter(Term(np.concatenate([term.a for term in everything], -1), np.concatenate(rows), scale), magnitude)
+
+
+def _share_a(terms: list[list[Term]]) -> bool:
+    """Whether a fused pair was split among these parts: one A, one scale."""
+    if any(len(mine) != 1 for mine in terms):
+        return False
+    first, *rest = [term for mine in terms for term in mine]
+    return all(term.scale == first.scale and np.array_equal(term.a, first.a) for term in rest)
+
+
+def _rescaled(term: Term, scale: np.float32) -> np.ndarray:
+    """A term's b under another scale."""
+    if abs(term.scale) == abs(scale):
+        return term.b if term.scale == scale else -term.b
+    return term.b.astype(np.float32) * (term.scale / scale)
+
+
+def _magnitude(source: Source, read: dict[Path, Read], adapted: list[bool]) -> np.ndarray | None:
+    """DoRA's magnitudes of all parts.  A part that is not adapted has the norm of its base, which rescales nothing."""
+    mine = [read[part.path].magnitude if on else None for part, on in zip(source.parts, adapted, strict=True)]
+    if all(magnitude is None for magnitude in mine):
+        return None
+    pieces = []
+    for part, on, magnitude in zip(source.parts, adapted, mine, strict=True):
+        if on and magnitude is None:
+            raise ValueError(f"{'/'.join(part.path)} has LoRA where another part of {source.module} has DoRA")
+        if magnitude is None:
+            magnitude = np.atleast_2d(np.asarray(column_norms(materialise(read[part.path].base))))
+        pieces.append(magnitude[part.layer or 0])
+    return np.concatenate(pieces)
+
+
+def value_of(source: Source, read: dict[Path, Read]) -> np.ndarray:
+    """A tensor as the source holds it, adapters apart."""
+    pieces = []
+    for part in source.parts:
+        leaf = read[part.path].base
+        if is_weight(leaf) and not isinstance(leaf, Unfrozen):
+            raise ValueError(
+                f"{source.where} is a {type(leaf).__name__} in a module that trains whole: HF PEFT needs plain values"
+            )
+        array = np.asarray(materialise(leaf))
+        pieces.append(array if part.layer is None else array[part.layer])
+    whole = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, -1)
+    return np.ascontiguousarray(whole.T if source.transpose else whole)
