@@ -1,0 +1,24 @@
+"""Training: a pure compiled step, a loop around it, checkpoints, losses and data."""
+
+from peft_jax.training.checkpoints import Checkpoints
+from peft_jax.training.data import Batches, batches, chat, pack, pad
+from peft_jax.training.loop import Run, evaluate, fit
+from peft_jax.training.losses import next_token, token_accuracy
+from peft_jax.training.step import State, init_state, make_step
+
+__all__ = [
+    "Batches",
+    "Checkpoints",
+    "Run",
+    "State",
+    "batches",
+    "chat",
+    "evaluate",
+    "fit",
+    "init_state",
+    "make_step",
+    "next_token",
+    "pack",
+    "pad",
+    "token_accuracy",
+]
