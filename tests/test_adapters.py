@@ -1,0 +1,132 @@
+"""Several adapters in one leaf, against each of them alone."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import zoo
+from checks import close, copied, differs, same, without_compiling
+from zoo import KEY, TOKENS
+
+import peft_jax as pj
+from peft_jax import adapters, methods
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+FORWARD = zoo.build("llama")
+
+
+def made() -> dict[str, Any]:
+    """Three adapters of other ranks, scales and targets, one of them in some layers only."""
+    some = {
+        "wide": methods.lora(4, 8, "(q|o)_proj|embed"),
+        "narrow": methods.lora(2, 6, "q_proj|lm_head"),
+        "upper": methods.lora(3, 3, "v_proj|q_proj", rank_pattern={r"\.2\.": 1}, layers=[1, 2]),
+    }
+    trees = {name: method(KEY, zoo.base("llama"), FORWARD)[0] for name, method in some.items()}
+    return {name: zoo.disturbed(tree, seed) for seed, (name, tree) in enumerate(trees.items())}
+
+
+def alone(params: Any) -> Any:
+    return np.asarray(zoo.compiled("llama")(pj.merge(params), TOKENS))
+
+
+def test_each_row_uses_its_own_adapter() -> None:
+    each = made()
+    params, forward = adapters.stack(each, FORWARD)
+    assert pj.count(params).trainable == sum(pj.count(tree).trainable for tree in each.values())
+    assert all(
+        a is b for a, b in zip(jax.tree.leaves(pj.strip(params)), jax.tree.leaves(zoo.base("llama")), strict=True)
+    )
+    expected = [alone(each["wide"]), alone(each["narrow"]), alone(each["upper"]), alone(zoo.base("llama"))]
+    assert all(differs(a, b, 0.1) for i, a in enumerate(expected) for b in expected[:i])
+    run = jax.jit(lambda params, rows: forward(params, TOKENS, pj.Ports(adapter=rows)))
+    for i, rows in enumerate(([0, 1, 2, -1, -1, 2, 1, 0], [2] * 8, [1, 1, 0, 0, 2, 2, -1, 2])):
+        given = jnp.array(rows, jnp.int32)
+        found = without_compiling(run, params, given) if i else run(params, given)
+        close(found, [expected[row][n] for n, row in enumerate(rows)], atol=1e-4)
+    # Beyond the last adapter: NaN in that row, not another adapter's answer.
+    lost = np.asarray(run(params, jnp.array([0, 3, *[1] * 6], jnp.int32)))
+    assert np.isnan(lost[1]).all() and np.isfinite(lost[[0, 2]]).all()
+
+
+def test_switching_compiles_nothing_and_merging_takes_the_one_in_use() -> None:
+    each = made()
+    params, forward = adapters.stack(each, FORWARD)
+    run = jax.jit(forward)
+    close(run(params, TOKENS), alone(each["wide"]), atol=1e-4)  # the first is in use
+    for name in ("upper", "narrow", 0, 2, -1):
+        switched = adapters.use(params, name)
+        tree = zoo.base("llama") if name == -1 else each[name] if isinstance(name, str) else list(each.values())[name]
+        close(without_compiling(run, switched, TOKENS), alone(tree), atol=1e-4)
+        close(pj.merge(switched), pj.merge(tree), rtol=1e-6, atol=1e-6)
+        assert pj.count(switched) == pj.count(params)
+    assert same(pj.merge(adapters.use(params, -1)), zoo.base("llama"))
+    assert same(adapters.use(adapters.use(params, 2), "wide"), params)
+    silent = pj.set_scale(params, 0.0)
+    assert same(pj.merge(silent), zoo.base("llama"))
+
+
+def test_a_row_trains_its_own_adapter_only() -> None:
+    params, forward = adapters.stack(made(), FORWARD)
+    trained, frozen = pj.partition(params)
+
+    @jax.jit
+    def gradient(trained: Any, rows: Any) -> Any:
+        total = lambda t: (forward(pj.combine(t, frozen), TOKENS, pj.Ports(adapter=rows)) ** 2).mean()  # noqa: E731
+        return jax.grad(total)(trained)
+
+    found = gradient(trained, jnp.array([1, 0, 0, 1, -1, -1, 0, 1], jnp.int32))
+    several = found["model"]["layers"]["self_attn"]["q_proj"]["kernel"].several
+    moved = np.abs(several.a).max((0, 2, 3))
+    assert (moved[:2] > 0).all() and moved[2] == 0
+    assert not several.a[:, 1, :, 2:].any(), "the padding of the narrower adapter has a gradient"
+
+
+def test_unrolled_and_in_half_precision() -> None:
+    base = jax.tree.map(lambda x: x.astype(jnp.bfloat16), zoo.unrolled(zoo.base("llama")))
+    model = zoo.build("llama", scan=False)
+    kinds = {"full": methods.lora(2, select="q_proj"), "half": methods.lora(3, select="q_proj", dtype=jnp.bfloat16)}
+    each = {name: zoo.disturbed(m(KEY, base, model)[0]) for name, m in kinds.items()}
+    params, _ = adapters.stack(each, model)
+    leaf = params["model"]["layers_1"]["self_attn"]["q_proj"]["kernel"]
+    assert leaf.several.a.shape == (2, zoo.WIDTH, 3) and leaf.several.a.dtype == jnp.float32
+    x = jnp.asarray(np.random.RandomState(0).standard_normal((2, 5, zoo.WIDTH)), jnp.bfloat16)
+    for name, tree in each.items():
+        mine = tree["model"]["layers_1"]["self_attn"]["q_proj"]["kernel"]
+        used = adapters.use({"kernel": leaf}, name)["kernel"]
+        assert pj.linear(x, used).dtype == jnp.bfloat16
+        close(pj.materialise(used).astype(jnp.float32), pj.materialise(mine).astype(jnp.float32))
+
+
+def test_errors_name_the_adapter_and_the_path() -> None:
+    each = made()
+    before = copied(each["wide"])
+    params, forward = adapters.stack(each, FORWARD)
+    with pytest.raises(ValueError, match="no adapters to stack"):
+        adapters.stack({}, FORWARD)
+    with pytest.raises(ValueError, match="'other' is on another base: lm_head/kernel is only in one of them"):
+        adapters.stack({"wide": each["wide"], "other": {"model": each["wide"]["model"]}}, FORWARD)
+    for shape in ((zoo.WIDTH, 9), (9, zoo.VOCAB)):
+        other = each["wide"] | {"lm_head": {"kernel": jnp.zeros(shape)}}
+        for pair in ({"narrow": each["narrow"], "other": other}, {"wide": each["wide"], "other": other}):
+            with pytest.raises(
+                ValueError, match=r"'other' is on another base: lm_head/kernel is \(\d+, \d+\), not \(32, 64\)"
+            ):
+                adapters.stack(pair, FORWARD)
+    dora = methods.dora(2)(KEY, zoo.base("llama"), FORWARD)[0]
+    with pytest.raises(
+        ValueError, match="'d' has DoRA at model/layers/self_attn/q_proj/kernel: only LoRA can be stacked"
+    ):
+        adapters.stack({"wide": each["wide"], "d": dora}, FORWARD)
+    with pytest.raises(ValueError, match="no adapter 'wid': there are wide, narrow, upper"):
+        adapters.use(params, "wid")
+    for index in (3, -2):
+        with pytest.raises(ValueError, match=f"no adapter {index}: there are 3, and -1 for the base alone"):
+            adapters.use(params, index)
+    with pytest.raises(ValueError, match="no stack of adapters called 'adapters'"):
+        adapters.use(each["wide"], "wide")
+    with pytest.raises(ValueError, match=r"ports\.adapter names 3 rows and the batch has 8"):
+        forward(params, TOKENS, pj.Ports(adapter=jnp.array([0, 1, 2], jnp.int32)))
+    assert same(copied(each["wide"]), before)

@@ -1,0 +1,226 @@
+"""The zoo: a row for every method, and the tiny models on which `test_laws` holds it to the laws.
+
+A new method adds a row to `ROWS`; a factory of `peft_jax.methods` without one fails the suite.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import transformers
+
+import peft_jax as pj
+from peft_jax import adapters, methods, trees
+from peft_jax.methods.lora import LoRA
+from peft_jax.models import gpt2, llama
+
+KEY = jax.random.key(0)
+WIDTH, HIDDEN, KV, VOCAB, LAYERS = 32, 48, 16, 64, 3
+SIZES = {
+    "hidden_size": WIDTH,
+    "intermediate_size": HIDDEN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 32,
+}
+CONFIGS = {
+    "llama": transformers.LlamaConfig(**SIZES, attention_bias=True, tie_word_embeddings=False),
+    "qwen2": transformers.Qwen2Config(**SIZES, tie_word_embeddings=True),
+    "mistral": transformers.MistralConfig(**SIZES, sliding_window=4, tie_word_embeddings=False),
+    "gpt2": transformers.GPT2Config(
+        n_embd=WIDTH, n_layer=LAYERS, n_head=4, vocab_size=VOCAB, n_positions=32, bos_token_id=0, eos_token_id=0
+    ),
+}
+
+# 8 rows of 12 tokens; a different pattern a row, which three steps already begin to learn.
+TEXT = np.random.RandomState(0).randint(0, VOCAB, (8, 13)).astype(np.int32)
+BATCH = {"tokens": TEXT[:, :-1], "targets": TEXT[:, 1:], "weights": np.ones((8, 12), np.float32)}
+TOKENS = BATCH["tokens"]
+
+
+# -- models -----------------------------------------------------------------------------------------------------------
+
+
+def module(family: str) -> Any:
+    return gpt2 if family == "gpt2" else llama
+
+
+@functools.cache
+def build(family: str, **options: Any) -> pj.Forward:
+    return module(family).build(CONFIGS[family], **options)
+
+
+@functools.cache
+def compiled(family: str, **options: Any) -> Any:
+    """The base model's forward function, compiled once: what merged weights must run through as they are."""
+    return jax.jit(build(family, **options))
+
+
+@functools.cache
+def base(family: str, dtype: Any = jnp.float32) -> Any:
+    """Random weights of which none is a constant, so large that logits vary by O(1)."""
+    abstract = jax.eval_shape(lambda key: module(family).init(key, CONFIGS[family]), KEY)
+    random = np.random.RandomState(1)
+
+    def draw(keys: Any, leaf: Any) -> jax.Array:
+        kind, noise = keys[-1].key, random.standard_normal(leaf.shape)
+        numbers = {
+            "kernel": noise / np.sqrt(leaf.shape[-2:][0]),
+            "embedding": 0.5 * noise,
+            "scale": 1 + 0.2 * noise,
+            "bias": 0.2 * noise,
+        }
+        return jnp.asarray(numbers[kind], dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, abstract)
+
+
+def unrolled(params: Any) -> Any:
+    """The same weights with an entry a layer, ``layers_0``, …"""
+    model = dict(params["model"])
+    stack = model.pop("layers")
+    model |= {f"layers_{i}": jax.tree.map(lambda x, i=i: x[i], stack) for i in range(LAYERS)}
+    return params | {"model": model}
+
+
+def disturbed(params: Any, seed: int = 2, by: float = 0.3) -> Any:
+    """Every trained number moved a little, so that no adapter is at its start; the padding of ranks stays zero."""
+    random = np.random.RandomState(seed)
+
+    def noisy(x: jax.Array) -> jax.Array:
+        return x + jnp.asarray(by / np.sqrt(x.shape[-1]) * random.standard_normal(x.shape), x.dtype)
+
+    def move(w: pj.Weight) -> pj.Weight:
+        moved = {name: jax.tree.map(noisy, getattr(w, name)) for name in w.trains}
+        if isinstance(w, LoRA):
+            used = (w.a != 0).any(-2) | (w.b != 0).any(-1)
+            moved = {"a": jnp.where(used[..., None, :], moved["a"], 0), "b": jnp.where(used[..., None], moved["b"], 0)}
+        return dataclasses.replace(w, **moved)
+
+    return trees.map_weights(move, params)
+
+
+# -- rows -------------------------------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """What the laws need to know of one use of a method.
+
+    name        the row's
+    factories   the factories of `peft_jax.methods` that it stands for
+    method      ``(key, params, forward) -> (params, forward)``
+    trains      how many numbers train, by the paper's formula
+    optimiser   () -> the optimiser that belongs to the method
+    Where a law does not hold, the row says why; an empty reason means that it does:
+    changes     the output is not the base's at the start
+    stays       it cannot be merged
+    slope       the gradient is not the derivative of the loss
+    foreign     HF PEFT's format cannot hold it, in the words of the error that saving raises
+    """
+
+    name: str
+    factories: tuple[str, ...]
+    method: Callable[..., tuple[Any, pj.Forward]]
+    trains: int
+    optimiser: Callable[[], optax.GradientTransformation] = lambda: optax.adam(3e-3)
+    changes: str = ""
+    stays: str = ""
+    slope: str = ""
+    foreign: str = ""
+
+
+def low_rank(rank: int, *shapes: tuple[int, int]) -> int:
+    """LoRA, section 4.2: r · (in + out) for every adapted matrix."""
+    return rank * sum(inputs + outputs for inputs, outputs in shapes)
+
+
+Q, K, V, OUT = (WIDTH, WIDTH), (WIDTH, KV), (WIDTH, KV), (WIDTH, WIDTH)
+GATE, UP, DOWN = (WIDTH, HIDDEN), (WIDTH, HIDDEN), (HIDDEN, WIDTH)
+EMBED, HEAD = (VOCAB, WIDTH), (WIDTH, VOCAB)
+NORMS = (2 * LAYERS + 1) * WIDTH
+LAYER = sum(i * o for i, o in (Q, K, V, OUT, GATE, UP, DOWN)) + WIDTH + KV + KV + WIDTH + 2 * WIDTH
+TABLE = VOCAB * WIDTH
+
+
+def several(key: Any, params: Any, forward: pj.Forward) -> tuple[Any, pj.Forward]:
+    """Two adapters in one leaf, of other ranks and targets; the first is in use."""
+    made = {"wide": methods.lora(4, 8, "(q|o)_proj|embed"), "narrow": methods.lora(2, 8, "q_proj")}
+    return adapters.stack({name: method(key, params, forward)[0] for name, method in made.items()}, forward)
+
+
+ROWS = (
+    Row("lora", ("lora",), methods.lora(4, 8), LAYERS * low_rank(4, Q, V)),
+    Row(
+        "lora everywhere",
+        ("lora",),
+        methods.lora(2, 8, ".*"),
+        LAYERS * low_rank(2, Q, K, V, OUT, GATE, UP, DOWN) + low_rank(2, EMBED, HEAD),
+    ),
+    Row(
+        "ranks by layer",
+        ("lora",),
+        methods.lora(4, 8, "q_proj|down", layers=[0, 2], rank_pattern={r"\.0\.": 2}, alpha_pattern={"down": 3}),
+        low_rank(2, Q, DOWN) + low_rank(4, Q, DOWN),
+    ),
+    Row(
+        "dropout and biases",
+        ("lora",),
+        methods.lora(4, 8, dropout=0.2, bias="lora_only"),
+        LAYERS * (low_rank(4, Q, V) + WIDTH + KV),
+    ),
+    Row(
+        "dora",
+        ("dora",),
+        methods.dora(4, 8, "v_proj|embed_tokens|lm_head"),
+        LAYERS * (low_rank(4, V) + KV) + low_rank(4, EMBED, HEAD) + WIDTH + VOCAB,
+        slope="the norm is a constant in the backward pass (DoRA, section 4.3)",
+    ),
+    Row(
+        "pissa",
+        ("pissa",),
+        methods.pissa(4, 8, rank_pattern={r"\.1\.": 2}),
+        2 * low_rank(4, Q, V) + low_rank(2, Q, V),
+    ),
+    Row("olora", ("olora",), methods.olora(4, 8), LAYERS * low_rank(4, Q, V)),
+    Row(
+        "rslora with lora+",
+        ("lora", "lora_plus"),
+        methods.lora(4, 8, rslora=True),
+        LAYERS * low_rank(4, Q, V),
+        optimiser=lambda: methods.lora_plus(optax.adam, 1e-3, ratio=16),
+        slope="the gradient is the first row's; this optimiser keeps it in two parts",
+    ),
+    Row("one layer", ("unfreeze",), methods.unfreeze(r"layers\.1\."), LAYER),
+    Row("everything", ("unfreeze",), methods.unfreeze(""), LAYERS * LAYER + WIDTH + 2 * TABLE),
+    Row(
+        "two loras and norms",
+        ("lora", "unfreeze"),
+        pj.chain(
+            methods.lora(4, 8, "(q|v)_proj|embed", name="one"),
+            methods.lora(2, 4, "(q|o)_proj", name="two"),
+            methods.unfreeze("norm|embed"),
+        ),
+        LAYERS * (low_rank(4, Q, V) + low_rank(2, Q, OUT)) + low_rank(4, EMBED) + NORMS + TABLE,
+        foreign="embed_tokens: HF PEFT holds one of them",
+    ),
+    Row(
+        "several adapters",
+        (),
+        several,
+        LAYERS * (low_rank(2, Q) + low_rank(4, Q, OUT)) + low_rank(4, EMBED),
+        foreign="say which to save",
+    ),
+)
+
+
+def model(family: str) -> Any:
+    """What `interop.hf_peft.load` adapts."""
+    return SimpleNamespace(params=base(family), forward=build(family))
