@@ -45,7 +45,7 @@ def main() -> None:
     after = sentiment.score(forward, run.params, held_out, LENGTH, answers)
 
     adapter = OUT / "adapter"
-    interop.hf_peft.save(adapter, run.params, forward)
+    interop.hf_peft.save(adapter, run.params)
     loaded, reloaded_forward = interop.hf_peft.load(adapter, model)
     again = sentiment.score(reloaded_forward, loaded, held_out, LENGTH, answers)
     if not np.array_equal(again.predictions, after.predictions):

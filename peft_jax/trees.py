@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from peft_jax.core import Forward, Params, Path
+from peft_jax.core import Forward, Params, Path, Spec
 from peft_jax.weights import Leaf, Weight, base_of, innermost, is_weight, materialise, numbers
 
 # Top-level entries that methods add: what belongs to ports, and what layers share.  They are not the model's, and never
@@ -126,10 +126,10 @@ def _draw(keys: Array, sample: Callable[..., Array], args: tuple[Any, ...]) -> A
     return jax.vmap(draw)(keys) if keys.ndim else draw(keys)
 
 
-def site(path: Path, forward: Forward) -> Site:
+def site(path: Path, spec: Spec) -> Site:
     """A leaf's names, all layers chosen."""
-    names = forward.spec.names(path)
-    return Site(path, names, (True,) * len(names), forward.spec.stacked(path))
+    names = spec.names(path)
+    return Site(path, names, (True,) * len(names), spec.stacked(path))
 
 
 def is_matrix(site: Site, leaf: Leaf) -> bool:
@@ -163,7 +163,7 @@ def select(
         raise ValueError(f"the pattern {pattern!r} is not a regular expression: {error}") from error
     found, offered = dict[Path, Site](), list[str]()
     for path, leaf in leaves(params).items():
-        here = site(path, forward)
+        here = site(path, forward.spec)
         if adaptable(here, leaf):
             offered += here.names
             inside = (layers is None or layer_of(name) in layers for name in here.names)

@@ -18,7 +18,7 @@ import peft_jax as pj
 from experiments import e2e, harness, lora_ablation, run, sentiment
 from experiments.harness import Table
 from peft_jax import models, training
-from peft_jax.models.loading import family
+from peft_jax.models.families import family
 
 LAPTOP, PAPER = lora_ablation.LAPTOP, lora_ablation.PAPER
 

@@ -281,7 +281,7 @@ def _drop(forward: Forward, rate: float, name: str) -> Callable[[Params, Ports],
 
         def give(path: Path, w: Weight) -> Weight:
             assert isinstance(w, LoRA)
-            keys = trees.site(path, forward).keys(ports.micro_key, name)
+            keys = trees.site(path, forward.spec).keys(ports.micro_key, name)
             return dataclasses.replace(w, key=keys, rate=jnp.full(w.scale.shape, rate, jnp.float32))
 
         return trees.rewrite(params, name, give), ports

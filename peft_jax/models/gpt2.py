@@ -25,6 +25,7 @@ from peft_jax.models.tensors import Tensor
 
 MODEL_TYPES = ("gpt2",)
 PORTS = frozenset({"attend"})
+ROOT, TABLE = "transformer", "wte"  # of the tree: the decoder, its embedding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,17 +153,20 @@ class Decoder(nn.Module):
 def build(config: Any, *, scan: bool = True, remat: str = "full", compute_dtype: Any = None) -> Forward:
     """The forward function of a transformers config.  Logits are fp32, whatever the compute dtype."""
     decoder = Decoder(read_config(config, scan, remat, compute_dtype))
-    return causal_lm(decoder, "transformer", "wte", tensors(config), PORTS, config.model_type)
+    return causal_lm(decoder, ROOT, TABLE, tensors(config), PORTS, config.model_type)
 
 
 def init(key: Array, config: Any, *, scan: bool = True, dtype: Any = jnp.float32) -> Params:
     """Random weights: normal with sd 0.02, norms at one, biases at zero."""
-    return init_causal_lm(key, Decoder(read_config(config, scan, "none")), "transformer", dtype)
+    return init_causal_lm(key, Decoder(read_config(config, scan, "none")), ROOT, dtype)
 
 
 def tensors(config: Any) -> tuple[Tensor, ...]:
     """Where each tensor of a Hugging Face checkpoint goes.  Its Conv1D keeps kernels ``[in, out]``, as we do."""
-    c = read_config(config)
+    return _table(read_config(config).tied)
+
+
+def _table(tied: bool) -> tuple[Tensor, ...]:
     ours, theirs = "transformer/layers/", "transformer.h.{layer}."
     found = [Tensor(f"transformer.{n}.weight", (f"transformer/{n}/embedding",)) for n in ("wte", "wpe")]
     for name, at, to in [
@@ -178,6 +182,9 @@ def tensors(config: Any) -> tuple[Tensor, ...]:
         found.append(Tensor(f"{theirs}attn.c_attn.{kind}", fused, names=names))
         for name in ("attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
             found.append(Tensor(f"{theirs}{name}.{kind}", (f"{ours}{name.replace('.', '/')}/{leaf}",)))
-    if not c.tied:
+    if not tied:
         found.append(Tensor("lm_head.weight", ("lm_head/kernel",), transpose=True))
     return tuple(found)
+
+
+EVERY = _table(tied=False)  # what any member has

@@ -23,6 +23,7 @@ from peft_jax.models.tensors import Tensor
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 PORTS = frozenset({"attend"})
+ROOT, TABLE = "model", "embed_tokens"  # of the tree: the decoder, its embedding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,31 +190,38 @@ class Decoder(nn.Module):
 def build(config: Any, *, scan: bool = True, remat: str = "full", compute_dtype: Any = None) -> Forward:
     """The forward function of a transformers config.  Logits are fp32, whatever the compute dtype."""
     decoder = Decoder(read_config(config, scan, remat, compute_dtype))
-    return causal_lm(decoder, "model", "embed_tokens", tensors(config), PORTS, config.model_type)
+    return causal_lm(decoder, ROOT, TABLE, tensors(config), PORTS, config.model_type)
 
 
 def init(key: Array, config: Any, *, scan: bool = True, dtype: Any = jnp.float32) -> Params:
     """Random weights: normal with sd 0.02, norms at one."""
-    return init_causal_lm(key, Decoder(read_config(config, scan, "none")), "model", dtype)
+    return init_causal_lm(key, Decoder(read_config(config, scan, "none")), ROOT, dtype)
 
 
 def tensors(config: Any) -> tuple[Tensor, ...]:
     """Where each tensor of a Hugging Face checkpoint goes."""
     c = read_config(config)
+    return _table(c.tied, c.qkv_bias, c.o_bias, c.mlp_bias, c.qk_norm)
+
+
+def _table(tied: bool, qkv_bias: bool, o_bias: bool, mlp_bias: bool, qk_norm: bool) -> tuple[Tensor, ...]:
     ours, theirs = "model/layers/", "model.layers.{layer}."
     found = [
         Tensor("model.embed_tokens.weight", ("model/embed_tokens/embedding",)),
         Tensor("model.norm.weight", ("model/norm/scale",)),
     ]
-    if not c.tied:
+    if not tied:
         found.append(Tensor("lm_head.weight", ("lm_head/kernel",), transpose=True))
-    norms = ["input_layernorm", "post_attention_layernorm"] + ["self_attn.q_norm", "self_attn.k_norm"] * c.qk_norm
+    norms = ["input_layernorm", "post_attention_layernorm"] + ["self_attn.q_norm", "self_attn.k_norm"] * qk_norm
     found += [Tensor(f"{theirs}{n}.weight", (f"{ours}{n.replace('.', '/')}/scale",)) for n in norms]
-    biased = {f"self_attn.{n}_proj": c.qkv_bias for n in "qkv"} | {"self_attn.o_proj": c.o_bias}
-    biased |= {f"mlp.{n}_proj": c.mlp_bias for n in ("gate", "up", "down")}
+    biased = {f"self_attn.{n}_proj": qkv_bias for n in "qkv"} | {"self_attn.o_proj": o_bias}
+    biased |= {f"mlp.{n}_proj": mlp_bias for n in ("gate", "up", "down")}
     for name, bias in biased.items():
         path = ours + name.replace(".", "/")
         found.append(Tensor(f"{theirs}{name}.weight", (f"{path}/kernel",), transpose=True))
         if bias:
             found.append(Tensor(f"{theirs}{name}.bias", (f"{path}/bias",)))
     return tuple(found)
+
+
+EVERY = _table(False, True, True, True, True)  # what any member has

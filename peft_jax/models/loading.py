@@ -6,7 +6,6 @@ import functools
 import os
 import re
 from pathlib import Path as File
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -19,11 +18,9 @@ from peft_jax.core import Forward, Params
 from peft_jax.files import replacing
 from peft_jax.interop import gguf
 from peft_jax.interop.gguf_tokenizer import read_tokenizer
-from peft_jax.models import gpt2, llama
 from peft_jax.models.checkpoint import Reader, open_safetensors, read_json, read_params, write_params
+from peft_jax.models.families import family
 from peft_jax.trees import ADDED, weights
-
-FAMILIES: tuple[ModuleType, ...] = (llama, gpt2)
 
 WANTED = ["model*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
 OURS = (".safetensors", ".json", ".jinja", ".txt", ".model")  # what a saved model consists of, by suffix
@@ -46,19 +43,6 @@ class Model:
     config: Any
     tokenizer: Any = None
     generation: Any = None
-
-
-def family(model_type: str) -> ModuleType:
-    """The module that implements a transformers ``model_type``.
-
-    Raises:
-        ValueError: if none does, with the list of those that are supported.
-    """
-    for module in FAMILIES:
-        if model_type in module.MODEL_TYPES:
-            return module
-    supported = ", ".join(kind for module in FAMILIES for kind in module.MODEL_TYPES)
-    raise ValueError(f"the architecture {model_type!r} is not supported: {supported} are")
 
 
 def from_config(

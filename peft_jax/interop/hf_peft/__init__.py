@@ -1,6 +1,6 @@
 """HF PEFT's LoRA adapters, both ways: ``adapter_model.safetensors`` and ``adapter_config.json``.
 
-    interop.hf_peft.save("adapter/", run.params, forward)
+    interop.hf_peft.save("adapter/", run.params)
     params, forward = interop.hf_peft.load("adapter/", model)
 
 What becomes of our leaves (`save`), and of the format's options (`load`):

@@ -62,7 +62,7 @@ def load(
     folder = File(directory).expanduser() / (adapter or "")
     config = files.read_config(folder)
     configs.check(config, str(folder))
-    names = names_of(model.params, model.forward)
+    names = names_of(model.params, model.forward.spec)
     tensors = files.read_tensors(folder)
     contract = draw_up(config, names)
     compare(tensors, contract, names, model.params, config, folder / files.WEIGHTS)

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from peft_jax import trees
-from peft_jax.core import Forward, Params, Path
+from peft_jax.core import Params, Path, Spec
 from peft_jax.models.checkpoint import plan
 
 PREFIX = "base_model.model."  # what HF PEFT puts before the model's own names
@@ -71,19 +71,19 @@ class Names(NamedTuple):
     tied: dict[str, str]
 
 
-def names_of(params: Params, forward: Forward) -> Names:
+def names_of(params: Params, spec: Spec) -> Names:
     """The source's tensors, from the model's table, or from the leaves' names where it has none (torch's conventions).
 
     Raises:
         ValueError: if tree and table do not match.
     """
-    sources = (_from_table if forward.spec.tensors else _from_leaves)(params, forward)
+    sources = (_from_table if spec.tensors else _from_leaves)(params, spec)
     matrices = {source.module: source for source in sources.values() if source.matrix}
-    return Names(sources, matrices, dict(forward.spec.tied))
+    return Names(sources, matrices, dict(spec.tied))
 
 
-def _from_table(params: Params, forward: Forward) -> dict[str, Source]:
-    tree, spec = trees.leaves(params), forward.spec
+def _from_table(params: Params, spec: Spec) -> dict[str, Source]:
+    tree = trees.leaves(params)
     made, sources = plan(params, spec.tensors, spec.layers, any(map(spec.stacked, tree))), {}
     for name, (transpose, parts) in made.parts.items():
         placed, start = [], 0
@@ -95,10 +95,10 @@ def _from_table(params: Params, forward: Forward) -> dict[str, Source]:
     return sources
 
 
-def _from_leaves(params: Params, forward: Forward) -> dict[str, Source]:
+def _from_leaves(params: Params, spec: Spec) -> dict[str, Source]:
     sources = {}
     for path, leaf in trees.leaves(params).items():
-        site = trees.site(path, forward)
+        site = trees.site(path, spec)
         shape, transpose = site.matrix_shape(leaf), path[-1] == "kernel"
         for layer, name in enumerate(site.names):
             name = name if name.endswith(f".{path[-1]}") else f"{name}.weight"

@@ -13,12 +13,13 @@ from peft_jax.interop.hf_peft import files
 from peft_jax.interop.hf_peft.contract import keys_of
 from peft_jax.interop.hf_peft.names import PREFIX, Names, Source, names_of
 from peft_jax.interop.hf_peft.reading import Adapter, adapter_of, one_of_a_stack, read_leaf, trains, value_of
+from peft_jax.models.families import spec_of
 
 
 def save(
     directory: str | os.PathLike[str],
     params: Params,
-    forward: Forward,
+    forward: Forward | None = None,
     *,
     adapter: str | None = None,
     dropout: float = 0.0,
@@ -34,7 +35,8 @@ def save(
     Args:
         directory: the adapter's directory.
         params: the tree with its adapters.
-        forward: the model's forward function, whose `spec` knows the source model's names.
+        forward: the model's forward function, whose `spec` knows the source model's names.  A tree of one of
+            `models.FAMILIES` shows them itself; any other needs it.
         adapter: which one to write, of a tree made by `pj.adapters.stack`.
         dropout: the rate to record for whoever trains on: a tree does not know it.
         base_model_name_or_path: the base to record.
@@ -58,7 +60,7 @@ def save(
             raise ValueError(f"{entry}/{name} acts beside the weights: HF PEFT's LoRA format cannot hold it")
     params = one_of_a_stack(params, adapter)
     read = {path: read_leaf(path, leaf) for path, leaf in trees.leaves(params).items()}
-    names = names_of(params, forward)
+    names = names_of(params, spec_of(params) if forward is None else forward.spec)
     adapted = {module: found for module, source in names.matrices.items() if (found := adapter_of(source, read))}
     _check_magnitudes(adapted, names)
     trained = [s for s in names.sources.values() if any(trains(read[part.path], part.layer) for part in s.parts)]

@@ -1,0 +1,50 @@
+"""The model families: which module implements an architecture, and which one a parameter tree belongs to."""
+
+import re
+from types import ModuleType
+from typing import Any
+
+from peft_jax import trees
+from peft_jax.core import Params, Spec
+from peft_jax.models import gpt2, llama
+from peft_jax.models.tensors import naming
+
+FAMILIES: tuple[ModuleType, ...] = (llama, gpt2)
+
+
+def family(model_type: str) -> ModuleType:
+    """The module that implements a transformers ``model_type``.
+
+    Raises:
+        ValueError: if none does, with the list of those that are supported.
+    """
+    for module in FAMILIES:
+        if model_type in module.MODEL_TYPES:
+            return module
+    supported = ", ".join(kind for module in FAMILIES for kind in module.MODEL_TYPES)
+    raise ValueError(f"the architecture {model_type!r} is not supported: {supported} are")
+
+
+def spec_of(params: Params) -> Spec:
+    """What names a tree's leaves have, read off the tree alone: the families differ in their paths.
+
+    Only the fields that concern names are filled.
+
+    Raises:
+        ValueError: if the tree is of no family here.
+    """
+    tree = {"/".join(path): leaf for path, leaf in trees.leaves(params).items()}
+    stacked: dict[str, Any] = {re.sub(r"(^|/)layers_\d+/", r"\1layers/", path): leaf for path, leaf in tree.items()}
+    scan = stacked.keys() <= tree.keys()
+    for module in FAMILIES:
+        tensors = [tensor for tensor in module.EVERY if stacked.keys() >= set(tensor.paths)]
+        inside = [path for tensor in tensors if tensor.layered for path in tensor.paths]
+        if not inside or stacked.keys() != {path for tensor in tensors for path in tensor.paths}:
+            continue
+        unrolled = len(tree) - len(stacked) + len(inside)
+        layers = stacked[inside[0]].shape[0] if scan else unrolled // len(inside)
+        names, is_stacked = naming(tensors, layers, scan)
+        tied = () if "lm_head/kernel" in stacked else (("lm_head", f"{module.ROOT}.{module.TABLE}"),)
+        return Spec(layers=layers, names=names, stacked=is_stacked, tensors=tuple(tensors), tied=tied)
+    some = ", ".join(sorted(tree)[:2]) or "nothing"
+    raise ValueError(f"this tree is of no model family here (it holds {some}): give its forward function too")
