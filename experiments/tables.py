@@ -3,8 +3,9 @@
     python -m experiments.tables            writes experiments/results/<table>/<profile>.md and .png, and the README
     python -m experiments.tables --check    writes nothing; fails, naming the file, where one differs from its results
 
-In the README a table goes between ``<!-- table:NAME -->`` and ``<!-- /table -->``; NAME is ``table/profile``, or a
-table, whose laptop profile is meant.  A profile without results has no files; one that lacks some says so.
+In the README a table goes between ``<!-- table:NAME -->`` and ``<!-- /table -->``; NAME is ``table/profile``; or a
+table, whose laptop profile is meant; or ``bench``, the training step's comparison (`experiments.bench`).  A profile
+without results has no files; one that lacks some says so.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import re
 import statistics
 from pathlib import Path
 
-from experiments import harness
+from experiments import bench, harness
 from experiments.harness import RESULTS, TABLES, Part, Profile, Result, Table
 from experiments.provenance import ROOT
 
@@ -195,6 +196,8 @@ def update(tables: list[Table], results: Path = RESULTS, readme: Path = README, 
                 stale.append(f"{image}: was not made from these results")
                 if not check:
                     plot(table, name, found, image, key)
+    if (results / "bench.json").exists():
+        shown["bench"] = bench.report(json.loads((results / "bench.json").read_text(encoding="utf-8")))
     return stale + in_readme(shown, readme, check)
 
 
@@ -206,7 +209,7 @@ def in_readme(shown: dict[str, str], readme: Path, check: bool) -> list[str]:
     before = readme.read_text(encoding="utf-8") if readme.exists() else ""
 
     def fill(match: re.Match[str]) -> str:
-        name = match[2] if "/" in match[2] else f"{match[2]}/laptop"
+        name = match[2] if match[2] in shown else f"{match[2]}/laptop"
         if name not in shown:
             raise ValueError(f"{readme} has a place for the table {name!r}: choose from {', '.join(shown)}")
         return f"{match[1]}{shown[name] or 'No results yet.' + chr(10)}{match[3]}"

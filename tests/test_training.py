@@ -236,7 +236,7 @@ def test_frozen_leaves_cost_nothing(optimised):
     stored = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))  # noqa: E731
     assert stored(state.opt_state) == 2 * stored(state.trainables) + 4  # Adam's moments and counter
     step = training.make_step(FORWARD, tx, loss=no_dropout)
-    compiled = step.lower(state, frozen, toy.batch(0)).compile()
+    compiled = training.compile_step(step, state, frozen, toy.batch(0))
 
     def train_everything(state, params, batch):
         return jax.grad(lambda p: no_dropout(FORWARD, p, batch, None)[0])(params)

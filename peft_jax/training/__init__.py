@@ -4,7 +4,7 @@ from peft_jax.training.checkpoints import Checkpoints
 from peft_jax.training.data import Batches, batches, chat, pack, pad
 from peft_jax.training.loop import Run, evaluate, fit
 from peft_jax.training.losses import next_token, token_accuracy
-from peft_jax.training.step import State, init_state, make_step
+from peft_jax.training.step import State, compile_step, init_state, make_step
 
 __all__ = [
     "Batches",
@@ -13,6 +13,7 @@ __all__ = [
     "State",
     "batches",
     "chat",
+    "compile_step",
     "evaluate",
     "fit",
     "init_state",

@@ -17,7 +17,7 @@ from peft_jax.core import Forward, Params, Ports, Spec, check_tokens
 from peft_jax.training.checkpoints import Checkpoints, abstract
 from peft_jax.training.losses import Batch, Loss, next_token
 from peft_jax.training.metrics import Log, Record
-from peft_jax.training.step import State, init_state, make_step, shardings_of
+from peft_jax.training.step import State, compile_step, init_state, make_step, shardings_of
 from peft_jax.trees import combine
 
 
@@ -111,6 +111,8 @@ def fit(
             for index in range(start, steps):
                 batch = data.take(index)
                 tokens = check_batch(batch, forward.spec, index)
+                if index == start:
+                    compile_step(step, state, frozen, batch)
                 state, measured = step(state, frozen, batch)
                 # Looked at only now that the next step is under way, so that the device never waits for the host.
                 log.report(store)

@@ -8,6 +8,7 @@ Frozen leaves go in and never come out: they would be copied.  Everything else i
 """
 
 import contextlib
+import ctypes
 import functools
 import zlib
 from collections.abc import Callable, Iterator
@@ -164,6 +165,18 @@ def make_step(
         return kept, metrics
 
     return step
+
+
+def compile_step(step: Any, state: State, frozen: Params, batch: Batch) -> jax.stages.Compiled:
+    """Compiles a step for the shapes of `batch` before its first call, which then finds it compiled.
+
+    On Linux the compiler's memory, more than a small model's step needs, goes back to the system: the C library would
+    keep it, beside the step's own.
+    """
+    compiled = step.lower(state, frozen, batch).compile()
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another system's C library
+        ctypes.CDLL(None).malloc_trim(0)
+    return compiled
 
 
 def _named(key: Array, name: str, step: Array) -> Array:
