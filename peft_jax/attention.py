@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+EVERYWHERE = -1  # the segment of what a method puts before packed rows
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -20,7 +22,8 @@ class Visible:
     """Query i sees key j when j comes no later (if `causal`), lies within `window`, and shares its segment.
 
     query_order, key_order   int32 [batch or 1, time], [batch or 1, keys]: the place of each token in its row
-    query_segments, key_segments   int32 [batch, …] or None; segment 0 is padding, which nobody sees
+    query_segments, key_segments   int32 [batch, …] or None; segment 0 is padding, which nobody sees; a key of the
+                segment EVERYWHERE is seen from all of them
     window      how many keys a query reaches back over, itself included; None for all
     plain       the orders are 0, 1, 2, … on both sides and there are no segments: a kernel's causal flag is enough
     """
@@ -40,7 +43,8 @@ class Visible:
             seen &= distance < self.window
         if self.key_segments is not None:
             keys = self.key_segments[:, None, :]
-            seen = seen & (self.query_segments[:, :, None] == keys) & (keys != 0)
+            shared = (self.query_segments[:, :, None] == keys) | (keys == EVERYWHERE)
+            seen = seen & shared & (keys != 0)
         return seen[:, None]
 
 

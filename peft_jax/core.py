@@ -74,7 +74,8 @@ class Spec:
     `names(path)` gives the source model's own names for a leaf (``model.layers.3.self_attn.q_proj``), one for each
     layer of a stacked leaf; `stacked(path)` says whether the leaf's first axis is layers.  `tensors` is the source
     checkpoint's table (`peft_jax.models.tensors.Tensor`), empty where there is none; `tied` lists the source's modules
-    that reuse an embedding's table, each with that embedding: ``("lm_head", "model.embed_tokens")``.
+    that reuse an embedding's table, each with that embedding: ``("lm_head", "model.embed_tokens")``.  `embedding` is
+    where the tokens' embedding lies; `positions` is what is left of them for real tokens.
     """
 
     width: int = 0
@@ -89,6 +90,7 @@ class Spec:
     stacked: Callable[[Path], bool] = lambda path: False
     tensors: tuple[Any, ...] = ()
     tied: tuple[tuple[str, str], ...] = ()
+    embedding: Path = ()
     cache: Callable[..., Any] | None = None  # cache(batch, length, dtype) -> an empty key-value cache
 
 

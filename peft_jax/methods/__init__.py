@@ -4,7 +4,21 @@ from peft_jax.methods.dora import dora
 from peft_jax.methods.lora import lora
 from peft_jax.methods.lora_plus import lora_plus
 from peft_jax.methods.olora import olora
+from peft_jax.methods.p_tuning_v2 import p_tuning_v2
 from peft_jax.methods.pissa import pissa
+from peft_jax.methods.prefix_tuning import bake, prefix_tuning
+from peft_jax.methods.prompt_tuning import prompt_tuning
 from peft_jax.methods.unfreeze import unfreeze
 
-__all__ = ["dora", "lora", "lora_plus", "olora", "pissa", "unfreeze"]
+__all__ = [
+    "bake",
+    "dora",
+    "lora",
+    "lora_plus",
+    "olora",
+    "p_tuning_v2",
+    "pissa",
+    "prefix_tuning",
+    "prompt_tuning",
+    "unfreeze",
+]

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from peft_jax.core import Forward, Inputs, Params, Ports, Spec
-from peft_jax.layers import Cache, checkpointed, normal, refuse_unknown_ports
+from peft_jax.layers import checkpointed, normal, refuse_unknown_ports
 from peft_jax.models.tensors import Tensor, naming
+from peft_jax.sequence import Cache
 from peft_jax.weights import linear, unembed
 
 
@@ -45,7 +46,7 @@ def causal_lm(
     sizes = {n: getattr(c, n) for n in ("width", "layers", "heads", "kv_heads", "head_dim", "vocab", "positions")}
     tied = (("lm_head", f"{root}.{table}"),) if c.tied else ()
     source = Spec(ports=ports, names=names, stacked=stacked, cache=cache, tensors=tuple(tensors), tied=tied)
-    return Forward(features, head, dataclasses.replace(source, **sizes))
+    return Forward(features, head, dataclasses.replace(source, embedding=(root, table, "embedding"), **sizes))
 
 
 def init_causal_lm(key: Array, decoder: nn.Module, root: str, dtype: Any) -> Params:

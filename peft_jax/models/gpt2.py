@@ -19,12 +19,13 @@ from jaxtyping import Array
 
 from peft_jax.attention import Visible, dot_product_attention
 from peft_jax.core import Forward, Inputs, Params, Ports
-from peft_jax.layers import Cache, Embed, LayerNorm, Linear, activation, arrange, cached_attention, run_layers
+from peft_jax.layers import Embed, LayerNorm, Linear, activation, run_layers
 from peft_jax.models.causal_lm import causal_lm, init_causal_lm
 from peft_jax.models.tensors import Tensor
+from peft_jax.sequence import Cache, arrange, layer_attention
 
 MODEL_TYPES = ("gpt2",)
-PORTS = frozenset({"attend"})
+PORTS = frozenset({"attend", "prompt", "prefix"})
 ROOT, TABLE = "transformer", "wte"  # of the tree: the decoder, its embedding
 
 
@@ -97,12 +98,14 @@ class Attention(nn.Module):
     attend: Callable[..., Array]
 
     @nn.compact
-    def __call__(self, x: Array, visible: Visible, cache: Cache | None, layer: Array) -> tuple[Array, Cache | None]:
+    def __call__(
+        self, x: Array, visible: Visible, prefix: Any, cache: Cache | None, layer: Array
+    ) -> tuple[Array, Cache | None]:
         c = self.config
         query, key, value = Projections(c, name="c_attn")(x)
         if c.scale_by_layer:  # on the queries, since kernels want a static scale
             query = query / (layer + 1).astype(query.dtype).reshape((1,) * query.ndim)
-        y, cache = cached_attention(self.attend, query, key, value, visible, c.scale, cache, layer)
+        y, cache = layer_attention(self.attend, query, key, value, visible, c.scale, prefix, cache, layer)
         return Linear(c.width, True, name="c_proj")(y.reshape(x.shape)), cache
 
 
@@ -123,10 +126,10 @@ class Layer(nn.Module):
     attend: Callable[..., Array]
 
     @nn.compact
-    def __call__(self, carry: Any, layer: Array, visible: Visible) -> tuple[Any, None]:
-        x, cache = carry
+    def __call__(self, carry: Any, own: Any, visible: Visible) -> tuple[Any, None]:
+        (x, cache), (layer, prefix) = carry, own
         y = LayerNorm(self.config.epsilon, name="ln_1")(x)
-        y, cache = Attention(self.config, self.attend, name="attn")(y, visible, cache, layer)
+        y, cache = Attention(self.config, self.attend, name="attn")(y, visible, prefix, cache, layer)
         x = x + y
         y = LayerNorm(self.config.epsilon, name="ln_2")(x)
         return (x + MLP(self.config, name="mlp")(y), cache), None
@@ -140,14 +143,14 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, inputs: Inputs, ports: Ports = Ports()) -> Any:  # noqa: B008 (frozen)
         c = self.config
-        positions, visible, cache = arrange(inputs)
         x = Embed(c.vocab, c.width, name="wte")(inputs.tokens)
         x = x if c.compute_dtype is None else x.astype(c.compute_dtype)
-        x = x + Embed(c.positions, c.width, name="wpe")(positions).astype(x.dtype)
-        own = np.arange(c.layers, dtype=np.int32)
-        x, cache = run_layers(Layer, (c, ports.attend or dot_product_attention), c, (x, cache), own, visible)
-        x = LayerNorm(c.epsilon, name="ln_f")(x)
-        return x if cache is None else (x, cache.advance(inputs.tokens.shape[1]))
+        sequence = arrange(inputs, x, ports)
+        x = sequence.x + Embed(c.positions, c.width, name="wpe")(sequence.positions).astype(x.dtype)
+        own = (np.arange(c.layers, dtype=np.int32), sequence.prefix)
+        attend = ports.attend or dot_product_attention
+        x, cache = run_layers(Layer, (c, attend), c, (x, sequence.cache), own, sequence.visible)
+        return sequence.finish(LayerNorm(c.epsilon, name="ln_f")(x), cache)
 
 
 def build(config: Any, *, scan: bool = True, remat: str = "full", compute_dtype: Any = None) -> Forward:

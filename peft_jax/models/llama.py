@@ -17,12 +17,13 @@ from jaxtyping import Array, Float
 
 from peft_jax.attention import Visible, dot_product_attention
 from peft_jax.core import Forward, Inputs, Params, Ports
-from peft_jax.layers import Cache, Embed, Linear, RMSNorm, activation, arrange, cached_attention, run_layers
+from peft_jax.layers import Embed, Linear, RMSNorm, activation, run_layers
 from peft_jax.models.causal_lm import causal_lm, init_causal_lm
 from peft_jax.models.tensors import Tensor
+from peft_jax.sequence import Cache, arrange, layer_attention
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-PORTS = frozenset({"attend"})
+PORTS = frozenset({"attend", "prompt", "prefix"})
 ROOT, TABLE = "model", "embed_tokens"  # of the tree: the decoder, its embedding
 
 
@@ -117,7 +118,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, turn: tuple[Array, Array], visible: Visible, cache: Cache | None, layer: Array
+        self, x: Array, turn: tuple[Array, Array], visible: Visible, prefix: Any, cache: Cache | None, layer: Array
     ) -> tuple[Array, Cache | None]:
         c = self.config
         batch, time = x.shape[:2]
@@ -129,7 +130,8 @@ class Attention(nn.Module):
         if c.qk_norm:
             query, key = RMSNorm(c.epsilon, name="q_norm")(query), RMSNorm(c.epsilon, name="k_norm")(key)
         query, key = rotate(query, turn), rotate(key, turn)
-        y, cache = cached_attention(self.attend, query, key, value, visible, c.head_dim**-0.5, cache, layer)
+        scale = c.head_dim**-0.5
+        y, cache = layer_attention(self.attend, query, key, value, visible, scale, prefix, cache, layer)
         return Linear(c.width, c.o_bias, name="o_proj")(y.reshape(batch, time, -1)), cache
 
 
@@ -152,14 +154,14 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, carry: Any, own: Any, shared: Any) -> tuple[Any, None]:
-        (x, cache), (layer, window), (turn, visible) = carry, own, shared
+        (x, cache), (layer, window, prefix), (turn, visible) = carry, own, shared
         if window is not None:
             visible = dataclasses.replace(visible, window=window, plain=False)
         elif self.config.window is not None:
             # Set here, not outside the stack, where the scan would trace it: kernels want a static window.
             visible = dataclasses.replace(visible, window=self.config.window)
         y = RMSNorm(self.config.epsilon, name="input_layernorm")(x)
-        y, cache = Attention(self.config, self.attend, name="self_attn")(y, turn, visible, cache, layer)
+        y, cache = Attention(self.config, self.attend, name="self_attn")(y, turn, visible, prefix, cache, layer)
         x = x + y
         y = RMSNorm(self.config.epsilon, name="post_attention_layernorm")(x)
         return (x + MLP(self.config, name="mlp")(y), cache), None
@@ -173,18 +175,17 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, inputs: Inputs, ports: Ports = Ports()) -> Any:  # noqa: B008 (frozen)
         c = self.config
-        positions, visible, cache = arrange(inputs)
         x = Embed(c.vocab, c.width, name="embed_tokens")(inputs.tokens)
         x = x if c.compute_dtype is None else x.astype(c.compute_dtype)
-        angles = positions[..., None, None].astype(jnp.float32) * inverse_frequencies(c)[None, None, None]
-        shared = ((jnp.cos(angles), jnp.sin(angles)), visible)
+        sequence = arrange(inputs, x, ports)
+        angles = sequence.positions[..., None, None].astype(jnp.float32) * inverse_frequencies(c)[None, None, None]
+        shared = ((jnp.cos(angles), jnp.sin(angles)), sequence.visible)
         mixed = len(set(c.windows)) > 1
         windows = np.array([w or np.iinfo(np.int32).max for w in c.windows], np.int32) if mixed else None
-        own = (np.arange(c.layers, dtype=np.int32), windows)
+        own = (np.arange(c.layers, dtype=np.int32), windows, sequence.prefix)
         attend = ports.attend or dot_product_attention
-        x, cache = run_layers(Layer, (c, attend), c, (x, cache), own, shared)
-        x = RMSNorm(c.epsilon, name="norm")(x)
-        return x if cache is None else (x, cache.advance(inputs.tokens.shape[1]))
+        x, cache = run_layers(Layer, (c, attend), c, (sequence.x, sequence.cache), own, shared)
+        return sequence.finish(RMSNorm(c.epsilon, name="norm")(x), cache)
 
 
 def build(config: Any, *, scan: bool = True, remat: str = "full", compute_dtype: Any = None) -> Forward:

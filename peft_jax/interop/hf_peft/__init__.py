@@ -1,4 +1,4 @@
-"""HF PEFT's LoRA adapters, both ways: ``adapter_model.safetensors`` and ``adapter_config.json``.
+"""HF PEFT's adapters, LoRA, prompts and prefixes, both ways: ``adapter_model.safetensors`` and ``adapter_config.json``.
 
     interop.hf_peft.save("adapter/", run.params)
     params, forward = interop.hf_peft.load("adapter/", model)
@@ -19,6 +19,8 @@ fused matrices  GPT-2's c_attn is three leaves here.  Saved, it is one pair of r
 tied heads      one leaf here, whose adapter acts on the look-up and the head.  Saved, both halves are written, with
                 ``ensure_weight_tying``, which keeps them tied in HF PEFT too.  An adapter of one half alone, or with
                 DoRA, raises: untie the model.
+
+prompts         see `prompts`: one tensor.  A tree with a prompt and a LoRA is saved as two adapters.
 
 A tree knows scales, not α nor the rate of dropout: α is the simplest number that gives the scale bit for bit, and the
 rate is an argument of `save`.

@@ -33,7 +33,9 @@ def check(config: Mapping[str, Any], where: str) -> None:
     """
     kind = config["peft_type"]
     if kind != "LORA":
-        raise ValueError(f"{where} is an adapter of the type {kind}: LORA is supported")
+        raise ValueError(
+            f"{where} is an adapter of the type {kind}: LORA, PROMPT_TUNING and PREFIX_TUNING are supported"
+        )
     for option, value in config.items():
         if option not in UNDERSTOOD.split() and value not in (None, False, [], {}):
             raise ValueError(f"{where} uses {option} ({value!r}), which is not supported")

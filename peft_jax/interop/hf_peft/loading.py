@@ -12,7 +12,7 @@ import numpy as np
 from peft_jax import trees
 from peft_jax.core import Forward, Params, Path
 from peft_jax.interop.hf_peft import config as configs
-from peft_jax.interop.hf_peft import files
+from peft_jax.interop.hf_peft import files, prompts
 from peft_jax.interop.hf_peft.contract import compare, draw_up, keys_of, tied_apart
 from peft_jax.interop.hf_peft.names import PREFIX, Names, Part, Source, names_of
 from peft_jax.methods.dora import DoRA, column_norms
@@ -37,7 +37,7 @@ def load(
     model: Any,
     *,
     adapter: str | None = None,
-    name: str = "lora",
+    name: str | None = None,
     dtype: Any = None,
 ) -> tuple[Params, Forward]:
     """``(params, forward)``: the model with an adapter that HF PEFT, or `save`, has written; it can train on.
@@ -49,8 +49,8 @@ def load(
         directory: the adapter's directory.
         model: what to adapt: anything with `params` and `forward`, such as `models.load` gives.
         adapter: the sub-folder, where HF PEFT has saved several adapters in one directory.
-        name: what the method is called, as in `methods.lora`.
-        dtype: of a and b; by default as they were saved.
+        name: what the method is called, as in `methods.lora`; by default "lora", "prompt_tuning" or "prefix_tuning".
+        dtype: of what trains; by default as it was saved.
 
     Raises:
         FileNotFoundError: if there is no adapter.
@@ -61,7 +61,13 @@ def load(
     """
     folder = File(directory).expanduser() / (adapter or "")
     config = files.read_config(folder)
+    if config["peft_type"] in prompts.KINDS:
+        found_in = folder / files.WEIGHTS
+        return prompts.load(
+            config, files.read_tensors(folder), model, name or config["peft_type"].lower(), dtype, found_in
+        )
     configs.check(config, str(folder))
+    name = name or "lora"
     names = names_of(model.params, model.forward.spec)
     tensors = files.read_tensors(folder)
     contract = draw_up(config, names)

@@ -4,12 +4,13 @@ import os
 from collections.abc import Mapping
 from pathlib import Path as File
 
+import jax
 import numpy as np
 
 from peft_jax import trees
 from peft_jax.core import Forward, Params
 from peft_jax.interop.hf_peft import config as configs
-from peft_jax.interop.hf_peft import files
+from peft_jax.interop.hf_peft import files, prompts
 from peft_jax.interop.hf_peft.contract import keys_of
 from peft_jax.interop.hf_peft.names import PREFIX, Names, Source, names_of
 from peft_jax.interop.hf_peft.reading import Adapter, adapter_of, one_of_a_stack, read_leaf, trains, value_of
@@ -55,9 +56,22 @@ def save(
     ...     sorted(file.name for file in pathlib.Path(folder, "adapter").iterdir())
     ['adapter_config.json', 'adapter_model.safetensors']
     """
-    for entry in trees.ADDED if isinstance(params, Mapping) else ():
-        for name in params.get(entry, ()):
-            raise ValueError(f"{entry}/{name} acts beside the weights: HF PEFT's LoRA format cannot hold it")
+    common = {
+        "task_type": task_type,
+        "base_model_name_or_path": base_model_name_or_path,
+        "inference_mode": True,
+        "revision": None,
+    }
+    if isinstance(params, Mapping) and params.get("ports"):
+        (name, leaf), *more = params["ports"].items()
+        if more or any(path[0] != "ports" for path in _trained(params)):
+            other = f"ports/{more[0][0]}" if more else "adapters of weights"
+            raise ValueError(
+                f"the tree holds ports/{name} and {other}, and a directory of HF PEFT holds one of them: save them "
+                "apart, pj.strip(params) | {'ports': …} and the tree without its ports"
+            )
+        tensors, own = prompts.describe(name, leaf)
+        return files.write(File(directory), tensors, own | common)
     params = one_of_a_stack(params, adapter)
     read = {path: read_leaf(path, leaf) for path, leaf in trees.leaves(params).items()}
     names = names_of(params, spec_of(params) if forward is None else forward.spec)
@@ -68,7 +82,7 @@ def save(
     if not adapted and not whole:
         raise ValueError("the tree holds no adapter to save: apply a method such as methods.lora first")
 
-    tensors: dict[str, np.ndarray] = {}
+    tensors = {}
     for module, found in adapted.items():
         tensors |= _keys(names, module, found)
     for source in whole:
@@ -85,23 +99,29 @@ def save(
             to_save.add(head)
             tensors[f"{PREFIX}{head}.weight"] = tensors[f"{PREFIX}{embedding}.weight"]
     linear = [module for module, source in names.matrices.items() if not source.embedding]
-    config = configs.scaling(sizes) | {
-        "peft_type": "LORA",
-        "task_type": task_type,
-        "base_model_name_or_path": base_model_name_or_path,
-        "target_modules": _targets(set(sizes), linear) or configs.NOTHING_ADAPTED,
-        "modules_to_save": sorted(to_save) or None,
-        "bias": bias,
-        "lora_dropout": dropout,
-        "use_dora": any(found.magnitude is not None for found in adapted.values()),
-        "fan_in_fan_out": any(module in linear and not names.matrices[module].transpose for module in adapted),
-        "init_lora_weights": True,
-        "inference_mode": True,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "revision": None,
-    }
+    config = (
+        common
+        | configs.scaling(sizes)
+        | {
+            "peft_type": "LORA",
+            "target_modules": _targets(set(sizes), linear) or configs.NOTHING_ADAPTED,
+            "modules_to_save": sorted(to_save) or None,
+            "bias": bias,
+            "lora_dropout": dropout,
+            "use_dora": any(found.magnitude is not None for found in adapted.values()),
+            "fan_in_fan_out": any(module in linear and not names.matrices[module].transpose for module in adapted),
+            "init_lora_weights": True,
+            "layers_to_transform": None,
+            "layers_pattern": None,
+        }
+    )
     files.write(File(directory), tensors, config | ({"ensure_weight_tying": True} if tied else {}))
+
+
+def _trained(params: Params) -> list[trees.Path]:
+    """The paths of what trains."""
+    flat = jax.tree_util.tree_flatten_with_path(trees.trainable(params))[0]
+    return [trees.path_of(keys) for keys, marked in flat if marked]
 
 
 def _targets(adapted: set[str], linear: list[str]) -> list[str]:

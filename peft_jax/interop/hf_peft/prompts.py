@@ -1,0 +1,90 @@
+"""HF PEFT's prompts and prefixes: one tensor, ``prompt_embeddings``.
+
+PROMPT_TUNING   ``[p, width]``: a `Prompt` as it is
+PREFIX_TUNING   ``[l, layers · 2 · kv_heads · head_dim]``, a row's keys and values layer by layer: a `Prefix`.  An MLP
+                is baked away, as HF PEFT does when it saves, so a loaded prefix trains on without one
+
+Source: HF PEFT 0.21.2, peft_model.py (``get_prompt``), tuners/{prompt,prefix}_tuning/config.py.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path as File
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from peft_jax import ports
+from peft_jax.core import Forward, Params
+from peft_jax.methods.prefix_tuning import Prefix, Reparametrised, flatten, prefix_tuning, unflatten
+from peft_jax.methods.prompt_tuning import Prompt, prompt_tuning
+
+KINDS = ("PROMPT_TUNING", "PREFIX_TUNING")
+TENSOR = "prompt_embeddings"
+
+# Fields that say nothing about the numbers, or are read here.
+UNDERSTOOD = """
+    auto_mapping base_model_name_or_path encoder_hidden_size inference_mode init_weights num_attention_heads num_layers
+    num_transformer_submodules num_virtual_tokens peft_type peft_version prefix_projection prompt_tuning_init
+    prompt_tuning_init_text revision runtime_config task_type token_dim tokenizer_kwargs tokenizer_name_or_path
+"""
+
+
+def describe(name: str, leaf: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """A port's leaf as tensors, and the fields of the config that are its own.
+
+    Raises:
+        ValueError: on a leaf that the format cannot hold, or half of one.
+    """
+    if any(x is None for x in (getattr(leaf, field) for field in getattr(leaf, "trains", ()))):
+        raise ValueError(f"ports/{name} has holes: combine the two halves of the partition first")
+    if isinstance(leaf, Prompt):
+        found, kind = np.asarray(leaf.value), "PROMPT_TUNING"
+        sizes = {"token_dim": found.shape[1]}
+        extra: dict[str, Any] = {"prompt_tuning_init": "RANDOM"}
+    elif isinstance(leaf, Prefix | Reparametrised):
+        keys, values = jax.jit(type(leaf).rows)(leaf)
+        found, kind = np.asarray(flatten(keys, values)), "PREFIX_TUNING"
+        heads, dim = keys.shape[2:]
+        sizes = {"token_dim": heads * dim, "num_attention_heads": heads, "num_layers": keys.shape[0]}
+        extra = {"prefix_projection": False, "encoder_hidden_size": heads * dim}
+    else:
+        raise ValueError(f"ports/{name} is a {type(leaf).__name__}, for which HF PEFT has no format")
+    common = {"peft_type": kind, "num_virtual_tokens": found.shape[0], "num_transformer_submodules": 1}
+    return {TENSOR: np.ascontiguousarray(found)}, common | sizes | extra
+
+
+def load(
+    config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], model: Any, name: str, dtype: Any, file: File
+) -> tuple[Params, Forward]:
+    """``(params, forward)``: the model with a prompt or prefix.
+
+    Raises:
+        ValueError: on an option that is not supported, and on a tensor that is missing, extra or misshapen.
+    """
+    for option, value in config.items():
+        if option not in UNDERSTOOD.split() and value not in (None, False, [], {}):
+            raise ValueError(f"{file} comes with {option} ({value!r}), which is not supported")
+    if config.get("num_transformer_submodules") not in (None, 1):
+        raise ValueError(f"{file} is for an encoder-decoder model, and this is a decoder")
+    for key in tensors.keys() - {TENSOR}:
+        raise ValueError(f"{file} holds the tensor {key} {list(tensors[key].shape)}, which its config does not name")
+    if TENSOR not in tensors:
+        raise ValueError(f"{file} lacks the tensor {TENSOR}")
+    spec, found = model.forward.spec, tensors[TENSOR]
+    prompt = config["peft_type"] == "PROMPT_TUNING"
+    heads = (spec.layers, spec.kv_heads, spec.head_dim)
+    wanted = spec.width if prompt else 2 * spec.layers * spec.kv_heads * spec.head_dim
+    length: Any = config.get("num_virtual_tokens")
+    if found.shape != (length, wanted):
+        raise ValueError(
+            f"{file} holds {TENSOR} with shape {list(found.shape)}, and its config and this model ask for "
+            f"{[length, wanted]}: it is for another base, or does not match its config"
+        )
+    rows = jnp.asarray(found, dtype or found.dtype)
+    leaf = Prompt(rows, name) if prompt else Prefix(*unflatten(rows, heads), name=name)
+    method = prompt_tuning(length, name=name) if prompt else prefix_tuning(length, hidden=None, name=name)
+    if name in model.params.get("ports", ()):
+        raise ValueError(f"a method named {name!r} is already applied: give this one another name=")
+    return ports.put(model.params, name, leaf), method.wrap(model.forward)

@@ -1,0 +1,60 @@
+"""What a method puts into a model's ports: where it lies in the tree, and how a call takes it from there.
+
+params["ports"][name]    a `Weight`, which says what of it trains
+"""
+
+import dataclasses
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from peft_jax.core import Forward, Params
+
+
+def need(port: str, forward: Forward, rows: int) -> None:
+    """Raises if a forward function has no such port, or no position left for real tokens behind so many rows."""
+    spec = forward.spec
+    if port not in spec.ports:
+        has = ", ".join(sorted(spec.ports)) or "none"
+        raise ValueError(
+            f"this forward function has no port {port!r} (it has {has}): let its features read ports.{port}, and name "
+            "it in Spec(ports=...)"
+        )
+    if spec.positions and rows >= spec.positions:
+        raise ValueError(f"a {port} of {rows} rows leaves real tokens none of the {spec.positions} positions there are")
+
+
+def behind(forward: Forward, rows: int) -> Forward:
+    """The same forward function with so many positions less for real tokens."""
+    spec = forward.spec
+    left = dataclasses.replace(spec, positions=spec.positions - rows if spec.positions else 0)
+    return Forward(forward.features, forward.head, left)
+
+
+def key_of(key: Array, name: str) -> Array:
+    """A key for a method's draws, from its name alone."""
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+def put(params: Params, name: str, leaf: Any) -> Params:
+    """The tree with a port's leaf."""
+    return {**params, "ports": {**params.get("ports", {}), name: leaf}}
+
+
+def take(params: Params, name: str) -> tuple[Params, Any]:
+    """The tree without a port's leaf, and the leaf.
+
+    Raises:
+        ValueError: if it is not there.
+    """
+    there = dict(params.get("ports", {}))
+    if name not in there:
+        raise ValueError(f"the tree lacks ports/{name}, which this forward function reads: give it the method's params")
+    leaf = there.pop(name)
+    rest = {entry: value for entry, value in params.items() if entry != "ports"}
+    return rest | ({"ports": there} if there else {}), leaf
