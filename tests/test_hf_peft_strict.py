@@ -86,7 +86,7 @@ def test_tensors_are_read_strictly(case: str, sound: Path, tmp_path: Path) -> No
 
 
 OPTIONS: list[tuple[dict[str, Any], str]] = [
-    ({"peft_type": "VERA"}, "of the type VERA: LORA is supported"),
+    ({"peft_type": "VERA"}, "of the type VERA: LORA, PROMPT_TUNING and PREFIX_TUNING are"),
     ({"peft_type": None}, "names no peft_type"),
     ({"megatron_config": {"a": 1}}, "megatron_config"),
     ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication"),
@@ -203,7 +203,10 @@ def test_trees_that_the_format_cannot_hold(tmp_path: Path) -> None:
 
     query, plain = "model/layers/self_attn/q_proj/kernel", base("llama").params
     refused(plain, "holds no adapter to save")
-    refused(made(methods.lora(2)) | {"ports": {"prompt": jnp.zeros(3)}}, "ports/prompt acts beside the weights")
+    prompt = {"ports": {"prompt": jnp.zeros(3)}}
+    refused(made(methods.lora(2)) | prompt, "holds ports/prompt and adapters of weights")
+    refused(plain | prompt, "ports/prompt is a ArrayImpl, for which HF PEFT has no format")
+    refused(made(methods.lora(2)) | {"methods": {"pair": jnp.zeros(3)}}, "methods/pair is shared by the layers")
     for half in pj.partition(made(methods.dora(2))):
         refused(half, f"{query} has holes: combine the two halves")
     foreign = pj.trees.map_leaves(lambda path, x: Foreign(x, x) if "q_proj" in path else x, plain)

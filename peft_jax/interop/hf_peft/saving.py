@@ -72,6 +72,8 @@ def save(
             )
         tensors, own = prompts.describe(name, leaf)
         return files.write(File(directory), tensors, own | common)
+    for name in params.get("methods", ()) if isinstance(params, Mapping) else ():
+        raise ValueError(f"methods/{name} is shared by the layers: HF PEFT's LoRA format cannot hold it")
     params = one_of_a_stack(params, adapter)
     read = {path: read_leaf(path, leaf) for path, leaf in trees.leaves(params).items()}
     names = names_of(params, spec_of(params) if forward is None else forward.spec)
