@@ -60,13 +60,19 @@ def dot_product_attention(
     cuDNN takes the causal flag and a static window where the rows are plain, a dense mask where they are padded or
     packed.  What it would refuse is computed plainly: heads that are wide or no multiple of 8, masks of an odd length.
     """
-    flagged = visible.plain and visible.causal and (visible.window is None or isinstance(visible.window, int))
+    flagged = visible.plain and (visible.window is None or (visible.causal and isinstance(visible.window, int)))
     if not _fits_cudnn(query, key, flagged):
         return plain_attention(query, key, value, visible, scale)
     if flagged:
         window = None if visible.window is None else (visible.window - 1, 0)
         return jax.nn.dot_product_attention(
-            query, key, value, scale=scale, is_causal=True, local_window_size=window, implementation="cudnn"
+            query,
+            key,
+            value,
+            scale=scale,
+            is_causal=visible.causal,
+            local_window_size=window,
+            implementation="cudnn",
         )
     mask = jnp.broadcast_to(visible.mask(), (query.shape[0], 1, query.shape[1], key.shape[1]))
     return jax.nn.dot_product_attention(query, key, value, mask=mask, scale=scale, implementation="cudnn")

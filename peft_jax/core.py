@@ -29,6 +29,7 @@ class Inputs:
     mask        bool [batch, time], False at padding
     positions   int32 [batch, time]; by default each row counts its real tokens from 0
     segments    int32 [batch, time], 0 at padding: tokens of different segments do not see each other (packing)
+    types       int32 [batch, time], which of two texts a token belongs to (BERT); by default all to the first
     decoder_tokens   int32 [batch, time] for encoder-decoder models
     cache       a model's key-value cache; with one, a call gives ``(outputs, cache)``
     """
@@ -37,6 +38,7 @@ class Inputs:
     mask: Any = None
     positions: Any = None
     segments: Any = None
+    types: Any = None
     decoder_tokens: Any = None
     cache: Any = None
 
@@ -75,7 +77,8 @@ class Spec:
     layer of a stacked leaf; `stacked(path)` says whether the leaf's first axis is layers.  `tensors` is the source
     checkpoint's table (`peft_jax.models.tensors.Tensor`), empty where there is none; `tied` lists the source's modules
     that reuse an embedding's table, each with that embedding: ``("lm_head", "model.embed_tokens")``.  `embedding` is
-    where the tokens' embedding lies; `positions` is what is left of them for real tokens.
+    where the tokens' embedding lies; `positions` is what is left of them for real tokens; `labels` is how many a head
+    chooses from, 0 where it chooses from the vocabulary.
     """
 
     width: int = 0
@@ -85,6 +88,7 @@ class Spec:
     head_dim: int = 0
     vocab: int = 0
     positions: int = 0
+    labels: int = 0
     ports: frozenset[str] = frozenset()
     names: Callable[[Path], tuple[str, ...]] = dotted
     stacked: Callable[[Path], bool] = lambda path: False

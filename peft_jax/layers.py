@@ -36,6 +36,11 @@ class Linear(nn.Module):
         return y
 
 
+def affine(x: Float[Array, "... inputs"], params: Any) -> Float[Array, "... outputs"]:
+    """``x kernel + bias``, of a head that is no module."""
+    return add_vector(linear(x, params["kernel"]), params["bias"])
+
+
 class Embed(nn.Module):
     """Rows of an embedding ``[vocabulary, width]`` of any leaf type."""
 

@@ -107,6 +107,10 @@ def arrange(inputs: Inputs, x: Float[Array, "batch time width"], ports: Ports, c
         positions = jnp.concatenate([own, positions], 1)
     # Packed segments share what comes before them; an encoder's prompt is one of the row's own tokens.
     everywhere = 1 if inputs.segments is None else EVERYWHERE
+    if prompt is not None and inputs.segments is not None and not causal:
+        raise ValueError(
+            "an encoder's prompt reads its row's tokens, so packed rows cannot share one: pad them instead"
+        )
     put = lambda n: jnp.full((batch, n), everywhere, jnp.int32)  # noqa: E731
     queries = None if segments is None else jnp.concatenate([put(soft), segments], 1)
     keys: Any = None if segments is None else jnp.concatenate([put(before), put(soft), segments], 1)
@@ -149,13 +153,14 @@ def layer_attention(
     scale: float,
     prefix: Any,
     cache: Cache | None,
-    layer: Array,
+    layer: Array | None,
 ) -> tuple[Float[Array, "batch time heads dim"], Cache | None]:
     """Attention over the layer's prefix and the new tokens, or, with a cache, over all that it holds once this layer's
     rows are written."""
     if prefix is not None:
         key, value = _behind(prefix[0], key), _behind(prefix[1], value)
     if cache is not None:
+        assert layer is not None
         cache = cache.write(layer, key, value)
         key, value = cache.keys[layer].astype(query.dtype), cache.values[layer].astype(query.dtype)
     return attend(query, key, value, visible, scale), cache

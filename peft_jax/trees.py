@@ -209,6 +209,14 @@ def rewrite(params: Params, name: str, fn: Callable[[Path, Weight], Leaf]) -> Pa
     return map_leaves(lambda path, leaf: map_weights(mine(path), leaf), params)
 
 
+def bare(forward: Forward, name: str) -> Forward:
+    """A forward function that sees the leaves of the method called `name` as the bare arrays they stand for.
+
+    For leaves trained whole that no rule reads: norms, biases, heads.
+    """
+    return forward.rewritten(lambda params, ports: (rewrite(params, name, lambda path, w: materialise(w)), ports))
+
+
 # -- training ---------------------------------------------------------------------------------------------------------
 
 

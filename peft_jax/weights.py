@@ -124,3 +124,40 @@ def numbers(w: Leaf) -> tuple[int, int]:
 def static(**options: Any) -> Any:
     """A dataclass field that is part of a leaf's type: changing it recompiles, so it holds only names and layouts."""
     return dataclasses.field(metadata={"static": True}, **options)
+
+
+# -- trained whole -----------------------------------------------------------------------------------------------------
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Unfrozen(Weight):
+    """An array that trains: `value` stands in for `base`, which is kept (or None) so that `pj.strip` can give it back.
+
+    With `layers`, `value` holds those layers of a stacked leaf only, and the others stay the base's.
+    """
+
+    trains = ("value",)
+
+    base: Any
+    value: Any
+    layers: tuple[int, ...] | None = static(default=None)
+    name: str = static(default="unfreeze")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.value.shape if self.layers is None else self.base.shape)
+
+    @property
+    def dtype(self) -> Any:
+        return self.value.dtype
+
+    def materialise(self) -> Array:
+        return self.value if self.layers is None else self.base.at[jnp.array(self.layers)].set(self.value)
+
+    def numbers(self) -> tuple[int, int]:
+        # Either array is None in one half of a partition.
+        trained = 0 if self.value is None else int(self.value.size)
+        if self.layers is None or self.base is None:
+            return trained, 0
+        return trained, int(self.base.size) // self.base.shape[0] * (self.base.shape[0] - len(self.layers))

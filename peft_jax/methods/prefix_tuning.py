@@ -227,7 +227,8 @@ def words_of(forward: Forward, params: Params, tokens: Any) -> tuple[Array, Arra
         ValueError: if a token is outside the vocabulary.
     """
     ids, empty = np.asarray(tokens, np.int32)[None], forward.spec.cache
-    assert empty is not None, "a model with the port keeps a cache"
+    if empty is None:
+        raise ValueError("a start from text reads it with a cache, which this model does not keep: leave text out")
     check_tokens(ids, forward.spec)
 
     @jax.jit

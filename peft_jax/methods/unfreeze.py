@@ -1,50 +1,12 @@
 """Leaves trained whole: biases, norms, embeddings, new heads, or (``unfreeze(".*")``) full fine-tuning."""
 
-import dataclasses
-from typing import Any
-
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from peft_jax import trees
-from peft_jax.core import Forward, Method, Params, Ports
+from peft_jax.core import Forward, Method, Params
 from peft_jax.trees import Pattern, Site
-from peft_jax.weights import Leaf, Weight, innermost, is_weight, rebase, static
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
-class Unfrozen(Weight):
-    """An array that trains: `value` stands in for `base`, which is kept (or None) so that `pj.strip` can give it back.
-
-    With `layers`, `value` holds those layers of a stacked leaf only, and the others stay the base's.
-    """
-
-    trains = ("value",)
-
-    base: Any
-    value: Any
-    layers: tuple[int, ...] | None = static(default=None)
-    name: str = static(default="unfreeze")
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.value.shape if self.layers is None else self.base.shape)
-
-    @property
-    def dtype(self) -> Any:
-        return self.value.dtype
-
-    def materialise(self) -> Array:
-        return self.value if self.layers is None else self.base.at[jnp.array(self.layers)].set(self.value)
-
-    def numbers(self) -> tuple[int, int]:
-        # Either array is None in one half of a partition.
-        trained = 0 if self.value is None else int(self.value.size)
-        if self.layers is None or self.base is None:
-            return trained, 0
-        return trained, int(self.base.size) // self.base.shape[0] * (self.base.shape[0] - len(self.layers))
+from peft_jax.weights import Leaf, Unfrozen, innermost, is_weight, rebase
 
 
 def unfreeze(select: Pattern, *, keep_base: bool = True, name: str = "unfreeze") -> Method:
@@ -70,13 +32,7 @@ def unfreeze(select: Pattern, *, keep_base: bool = True, name: str = "unfreeze")
         found = trees.select(select, params, forward, adaptable=lambda site, leaf: True)
         return trees.map_leaves(lambda path, leaf: _unfreeze(found.get(path), leaf, keep_base, name), params)
 
-    def wrap(forward: Forward) -> Forward:
-        def bare(params: Params, ports: Ports) -> tuple[Params, Ports]:
-            return trees.rewrite(params, name, lambda path, w: w.materialise()), ports
-
-        return forward.rewritten(bare)
-
-    return Method(init, wrap)
+    return Method(init, lambda forward: trees.bare(forward, name))
 
 
 def _unfreeze(site: Site | None, leaf: Leaf, keep_base: bool, name: str) -> Leaf:

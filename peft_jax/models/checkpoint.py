@@ -164,7 +164,7 @@ def plan(params: Params, tensors: Sequence[Tensor], layers: int, scan: bool) -> 
     return made
 
 
-def locate(reader: Reader, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+def locate(reader: Reader, shapes: Mapping[str, tuple[int, ...]], unused: str = "") -> dict[str, str]:
     """The name under which a checkpoint holds each tensor, after checking that it holds these and nothing else.
 
     A checkpoint saved from the bare model lacks the first part of the names (``transformer.h.0…`` is ``h.0…``).
@@ -183,6 +183,8 @@ def locate(reader: Reader, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, s
                 f"and its config asks for {list(shapes[source])}"
             )
     for name in sorted(stored - set(found.values())):
+        if unused and re.search(unused, name):
+            continue
         if not HARMLESS.search(name) and not (name == "lm_head.weight" and _is_tied(reader, found.values())):
             raise ValueError(
                 f"{reader.source} holds a tensor that the model has no place for: {name} {list(reader.shape(name))}"
@@ -212,6 +214,7 @@ def read_params(
     layers: int,
     scan: bool = True,
     shardings: Any = None,
+    unused: str = "",
 ) -> Params:
     """Fills an abstract tree from a checkpoint, each leaf in the dtype that the tree asks for.
 
@@ -220,12 +223,13 @@ def read_params(
         tensors, layers, scan: the family's table, and how the tree lays out its layers.
         abstract: the tree as `jax.ShapeDtypeStruct`s.
         shardings: a sharding, or a tree of them that `abstract` refines; each device then gets only its own slices.
+        unused: a pattern of the names that the checkpoint may hold beside: other heads, say.
 
     Raises:
         ValueError: if a tensor is missing, extra or misshapen, with its name, its shapes and the file.
     """
     made = plan(abstract, tensors, layers, scan)
-    names = locate(reader, made.shapes)
+    names = locate(reader, made.shapes, unused)
 
     def create(keys: Any, leaf: Any, sharding: Any = None) -> jax.Array:
         slots = [slot._replace(source=names[slot.source]) for slot in made.slots[path_of(keys)]]

@@ -6,10 +6,10 @@ from typing import Any
 
 from peft_jax import trees
 from peft_jax.core import Params, Spec
-from peft_jax.models import gpt2, llama
+from peft_jax.models import bert, gpt2, llama
 from peft_jax.models.tensors import naming
 
-FAMILIES: tuple[ModuleType, ...] = (llama, gpt2)
+FAMILIES: tuple[ModuleType, ...] = (llama, gpt2, bert)
 
 
 def family(model_type: str) -> ModuleType:
@@ -36,15 +36,16 @@ def spec_of(params: Params) -> Spec:
     tree = {"/".join(path): leaf for path, leaf in trees.leaves(params).items()}
     stacked: dict[str, Any] = {re.sub(r"(^|/)layers_\d+/", r"\1layers/", path): leaf for path, leaf in tree.items()}
     scan = stacked.keys() <= tree.keys()
-    for module in FAMILIES:
-        tensors = [tensor for tensor in module.EVERY if stacked.keys() >= set(tensor.paths)]
+    for embedding, every in (pair for module in FAMILIES for pair in module.EVERY.items()):
+        tensors = [tensor for tensor in every if stacked.keys() >= set(tensor.paths)]
         inside = [path for tensor in tensors if tensor.layered for path in tensor.paths]
         if not inside or stacked.keys() != {path for tensor in tensors for path in tensor.paths}:
             continue
         unrolled = len(tree) - len(stacked) + len(inside)
         layers = stacked[inside[0]].shape[0] if scan else unrolled // len(inside)
         names, is_stacked = naming(tensors, layers, scan)
-        tied = () if "lm_head/kernel" in stacked else (("lm_head", f"{module.ROOT}.{module.TABLE}"),)
+        heads = {tensor.source for tensor in every} - {tensor.source for tensor in tensors}
+        tied = (("lm_head", embedding),) if "lm_head.weight" in heads else ()
         return Spec(layers=layers, names=names, stacked=is_stacked, tensors=tuple(tensors), tied=tied)
     some = ", ".join(sorted(tree)[:2]) or "nothing"
     raise ValueError(f"this tree is of no model family here (it holds {some}): give its forward function too")

@@ -25,6 +25,8 @@ from peft_jax.models.tensors import Tensor
 from peft_jax.sequence import Cache, arrange, layer_attention
 
 MODEL_TYPES = ("gpt2",)
+HEADS: tuple[str, ...] = ()
+UNUSED = ""
 PORTS = frozenset({"attend", "prompt", "prefix"})
 ROOT, TABLE = "transformer", "wte"  # of the tree: the decoder, its embedding
 
@@ -190,4 +192,4 @@ def _table(tied: bool) -> tuple[Tensor, ...]:
     return tuple(found)
 
 
-EVERY = _table(tied=False)  # what any member has
+EVERY = {f"{ROOT}.{TABLE}": _table(tied=False)}  # what any member has, by its embedding

@@ -23,6 +23,8 @@ from peft_jax.models.tensors import Tensor
 from peft_jax.sequence import Cache, arrange, layer_attention
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+HEADS: tuple[str, ...] = ()
+UNUSED = ""
 PORTS = frozenset({"attend", "prompt", "prefix"})
 ROOT, TABLE = "model", "embed_tokens"  # of the tree: the decoder, its embedding
 
@@ -225,4 +227,4 @@ def _table(tied: bool, qkv_bias: bool, o_bias: bool, mlp_bias: bool, qk_norm: bo
     return tuple(found)
 
 
-EVERY = _table(False, True, True, True, True)  # what any member has
+EVERY = {f"{ROOT}.{TABLE}": _table(False, True, True, True, True)}  # what any member has, by its embedding

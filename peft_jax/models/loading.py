@@ -12,7 +12,13 @@ import jax
 import jax.numpy as jnp
 import transformers
 from jaxtyping import Array
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
 
 from peft_jax.core import Forward, Params
 from peft_jax.files import replacing
@@ -20,10 +26,18 @@ from peft_jax.interop import gguf
 from peft_jax.interop.gguf_tokenizer import read_tokenizer
 from peft_jax.models.checkpoint import Reader, open_safetensors, read_json, read_params, write_params
 from peft_jax.models.families import family
-from peft_jax.trees import ADDED, weights
+from peft_jax.trees import ADDED, bare, weights
+from peft_jax.weights import Unfrozen
 
 WANTED = ["model*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
 OURS = (".safetensors", ".json", ".jinja", ".txt", ".model")  # what a saved model consists of, by suffix
+ARCHITECTURES = {
+    None: MODEL_MAPPING_NAMES,
+    "classification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    "tokens": MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    "answers": MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+}
+NEW = ("classifier", "qa_outputs")  # where heads lie, which a pretrained checkpoint lacks
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 
 
@@ -36,6 +50,7 @@ class Model:
     config      its transformers config
     tokenizer   its transformers tokenizer, or None
     generation  its transformers generation config (when to stop, how to sample), or None
+    head        what an encoder ends in, or None
     """
 
     params: Params
@@ -43,6 +58,7 @@ class Model:
     config: Any
     tokenizer: Any = None
     generation: Any = None
+    head: str | None = None
 
 
 def from_config(
@@ -53,13 +69,16 @@ def from_config(
     compute_dtype: Any = None,
     scan: bool = True,
     remat: str = "full",
+    head: str | None = None,
+    labels: int | None = None,
 ) -> Model:
     """A model with random weights, from a transformers config.
 
-    Under `jax.eval_shape` the tree is abstract, and no weight is made.
+    Under `jax.eval_shape` the tree is abstract, and no weight is made.  `head` and `labels` are as in `load`, but all
+    leaves are plain arrays.
 
     Raises:
-        ValueError: if the architecture is not supported.
+        ValueError: if the architecture is not supported, or has no such head.
 
     >>> import jax, transformers
     >>> from peft_jax import models
@@ -68,10 +87,20 @@ def from_config(
     >>> params["model"]["layers"]["self_attn"]["q_proj"]["kernel"].shape
     (32, 4096, 4096)
     """
-    module = family(config.model_type)
-    forward = module.build(config, scan=scan, remat=remat, compute_dtype=compute_dtype)
-    params = jax.jit(functools.partial(module.init, config=config, scan=scan, dtype=dtype))(key)
-    return Model(params, forward, config)
+    module, headed = family(config.model_type), _headed(config, head, labels)
+    forward = module.build(config, scan=scan, remat=remat, compute_dtype=compute_dtype, **headed)
+    params = jax.jit(functools.partial(module.init, config=config, scan=scan, dtype=dtype, **headed))(key)
+    return Model(params, forward, config, head=head)
+
+
+def _headed(config: Any, head: str | None, labels: int | None) -> dict[str, Any]:
+    """The options of a family's functions that concern its heads."""
+    heads = family(config.model_type).HEADS
+    if head is not None and head not in heads:
+        raise ValueError(f"{config.model_type} has no head {head!r}: it has {', '.join(heads) or 'its own alone'}")
+    if labels is not None and (head is None or labels < 2):
+        raise ValueError(f"labels is {labels}: give 2 or more, for a model with head='classification' or 'tokens'")
+    return {"head": head, "labels": labels} if heads else {}
 
 
 def load(
@@ -83,6 +112,9 @@ def load(
     remat: str = "full",
     shardings: Any = None,
     tokenizer: Any = None,
+    head: str | None = None,
+    labels: int | None = None,
+    key: Array | None = None,
 ) -> Model:
     """A pretrained model, from a ``.gguf`` file, a Hugging Face directory, or (online) a name on the Hugging Face Hub.
 
@@ -94,6 +126,10 @@ def load(
         remat: what the backward pass recomputes: "full", "dots" or "none".
         shardings: a sharding, or a tree of them that the parameter tree refines, in which arrays are created directly.
         tokenizer: a tokenizer, or the directory of one, in place of the source's own.
+        head: of an encoder, "classification", "tokens" or "answers"; None gives its features.  A head that the source
+            does not hold is new: random, and it trains (its leaves are those of `methods.unfreeze`).
+        labels: how many labels the head chooses from; by default the config's.
+        key: from which a new head is drawn; by default ``jax.random.key(0)``.
 
     Raises:
         ValueError: if the source is damaged, pickled, of an unknown architecture, or does not match its config: a
@@ -110,12 +146,26 @@ def load(
         found = _open_gguf(path, tokenizer)
     else:
         found = _open_folder(path if path.is_dir() else _download(os.fspath(source)), tokenizer)
-    module = family(found.config.model_type)
-    forward = module.build(found.config, scan=scan, remat=remat, compute_dtype=compute_dtype)
-    init = functools.partial(module.init, config=found.config, scan=scan, dtype=dtype)
-    abstract, layers = jax.eval_shape(init, jax.random.key(0)), found.config.num_hidden_layers
-    params = read_params(found.reader, module.tensors(found.config), abstract, layers, scan, shardings)
-    return Model(params, forward, found.config, found.tokenizer, found.generation)
+    module, headed = family(found.config.model_type), _headed(found.config, head, labels)
+    if labels is not None:
+        found.config.num_labels = labels
+    forward = module.build(found.config, scan=scan, remat=remat, compute_dtype=compute_dtype, **headed)
+    init = functools.partial(module.init, config=found.config, scan=scan, dtype=dtype, **headed)
+    key = jax.random.key(0) if key is None else key
+    abstract, layers = jax.eval_shape(init, key), found.config.num_hidden_layers
+    tensors = module.tensors(found.config, head) if module.HEADS else module.tensors(found.config)
+    new = [t for t in tensors if head is not None and t.source.startswith(NEW)]
+    if new and not any(t.source in found.reader.names() for t in new):
+        tensors = tuple(t for t in tensors if t not in new)
+        tops = {t.paths[0].split("/")[0] for t in new}
+        rest = {name: part for name, part in abstract.items() if name not in tops}
+        params = read_params(found.reader, tensors, rest, layers, scan, shardings, module.UNUSED)
+        fresh = jax.jit(lambda key: {name: init(key)[name] for name in tops})(key)
+        params |= jax.tree.map(lambda x: Unfrozen(x, jnp.copy(x), name="head"), fresh)
+        forward = bare(forward, "head")
+    else:
+        params = read_params(found.reader, tensors, abstract, layers, scan, shardings, module.UNUSED)
+    return Model(params, forward, found.config, found.tokenizer, found.generation, head)
 
 
 class _Source(NamedTuple):
@@ -215,16 +265,23 @@ def save(
 
 def _write(folder: File, model: Model, params: Params, shard_bytes: int) -> None:
     config = copy.deepcopy(model.config)
-    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+    config.architectures = [_architecture(config.model_type, model.head)]
     config.dtype = str(jax.tree.leaves(params)[0].dtype)
     scan = not any(name.startswith("layers_") for name in _names(params))
-    tensors = family(config.model_type).tensors(config)
+    module = family(config.model_type)
+    tensors = module.tensors(config, model.head) if module.HEADS else module.tensors(config)
     write_params(folder, params, tensors, config.num_hidden_layers, scan, shard_bytes=shard_bytes)
     config.save_pretrained(folder)
     if model.generation is not None:
         model.generation.save_pretrained(folder)
     if model.tokenizer is not None:
         model.tokenizer.save_pretrained(folder)
+
+
+def _architecture(model_type: str, head: str | None) -> str:
+    """What transformers calls the class."""
+    names = ARCHITECTURES[head] if family(model_type).HEADS else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return names[model_type]
 
 
 def _names(params: Params) -> set[str]:

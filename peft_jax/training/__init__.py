@@ -3,7 +3,7 @@
 from peft_jax.training.checkpoints import Checkpoints
 from peft_jax.training.data import Batches, batches, chat, pack, pad
 from peft_jax.training.loop import Run, evaluate, fit
-from peft_jax.training.losses import next_token, token_accuracy
+from peft_jax.training.losses import answers, classification, label_accuracy, next_token, token_accuracy
 from peft_jax.training.step import State, compile_step, init_state, make_step
 
 __all__ = [
@@ -11,12 +11,15 @@ __all__ = [
     "Checkpoints",
     "Run",
     "State",
+    "answers",
     "batches",
     "chat",
+    "classification",
     "compile_step",
     "evaluate",
     "fit",
     "init_state",
+    "label_accuracy",
     "make_step",
     "next_token",
     "pack",

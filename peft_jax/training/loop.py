@@ -222,13 +222,24 @@ def check_batch(batch: Any, spec: Spec, index: int) -> int:
         if "tokens" in host:
             check_tokens(host["tokens"], spec)
         if "targets" in host and "weights" in host and host["targets"].shape == host["weights"].shape:
-            check_tokens(np.where(host["weights"] == 0, 0, host["targets"]), spec)
+            check_targets(np.where(host["weights"] == 0, 0, host["targets"]), spec)
+        if "labels" in host:
+            check_targets(host["labels"], spec)
     except ValueError as error:
         raise ValueError(f"batch {index}: {error}") from None
     for name in ("mask", "segments"):
         if name in host:
             return int(np.count_nonzero(host[name]))
     return math.prod(batch["tokens"].shape) if "tokens" in batch else 0
+
+
+def check_targets(targets: np.ndarray, spec: Spec) -> None:
+    """Raises on targets that are none of the head's labels, or tokens outside the vocabulary of one without labels."""
+    if not spec.labels:
+        check_tokens(targets, spec)
+    elif targets.size and not 0 <= targets.min() <= targets.max() < spec.labels:
+        wrong = targets.min() if targets.min() < 0 else targets.max()
+        raise ValueError(f"label {wrong} is none of the head's {spec.labels}, which count from 0")
 
 
 class _Data:

@@ -21,7 +21,7 @@ Loss = Callable[[Forward, Params, Batch, Ports], tuple[Array, Array]]
 
 def inputs_of(batch: Batch) -> Inputs:
     """What the model reads of a batch: tokens, and mask, positions and segments where the batch has them."""
-    names = ("tokens", "mask", "positions", "segments", "decoder_tokens")
+    names = ("tokens", "mask", "positions", "segments", "types", "decoder_tokens")
     return Inputs(**{name: jnp.asarray(batch[name]) for name in names if name in batch})
 
 
@@ -67,6 +67,62 @@ def token_accuracy(
     weights = jnp.asarray(batch["weights"], jnp.float32)
     total = _over_tokens(_correct, forward, params, batch, weights, ports, chunk)
     return total, jnp.sum(weights)
+
+
+def classification(
+    forward: Forward,
+    params: Params,
+    batch: Batch,
+    ports: Ports = Ports(),  # noqa: B008 (frozen)
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Cross entropy of each row's label, in nats, of a model with a head for classes.
+
+    The batch holds tokens, labels int32 ``[b]``, and optionally mask, types and weights ``[b]`` (0 for a void row).
+
+    >>> import jax.numpy as jnp, peft_jax as pj
+    >>> from peft_jax import training
+    >>> forward = pj.Forward(lambda params, inputs, ports: jnp.zeros((inputs.tokens.shape[0], 4)))
+    >>> batch = {"tokens": jnp.zeros((3, 5), int), "labels": jnp.array([0, 3, 1])}
+    >>> total, weight = training.classification(forward, {}, batch)
+    >>> round(float(total / weight), 4)  # log 4
+    1.3863
+    """
+    scores = forward(params, inputs_of(batch), ports).astype(jnp.float32)
+    return _weighed(_cross_entropy(scores[:, None], jnp.asarray(batch["labels"])[:, None])[:, 0], batch)
+
+
+def label_accuracy(
+    forward: Forward,
+    params: Params,
+    batch: Batch,
+    ports: Ports = Ports(),  # noqa: B008 (frozen)
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """How many rows' labels have the largest score, weighted, of a model with a head for classes."""
+    scores = forward(params, inputs_of(batch), ports)
+    return _weighed((jnp.argmax(scores, axis=-1) == jnp.asarray(batch["labels"])).astype(jnp.float32), batch)
+
+
+def answers(
+    forward: Forward,
+    params: Params,
+    batch: Batch,
+    ports: Ports = Ports(),  # noqa: B008 (frozen)
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Cross entropy of where each row's answer starts and ends, the mean of both, in nats.
+
+    The batch holds tokens, starts and ends int32 ``[b]``, and optionally mask (padding is no place of an answer), types
+    and weights ``[b]``.
+    """
+    scores = forward(params, inputs_of(batch), ports).astype(jnp.float32)
+    if "mask" in batch:
+        scores = jnp.where(jnp.asarray(batch["mask"])[..., None], scores, -1e9)
+    places = jnp.stack([jnp.asarray(batch["starts"]), jnp.asarray(batch["ends"])], axis=1)
+    return _weighed(jnp.mean(_cross_entropy(jnp.swapaxes(scores, 1, 2), places), axis=1), batch)
+
+
+def _weighed(values: Float[Array, "b"], batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    weights = jnp.asarray(batch["weights"], jnp.float32) if "weights" in batch else jnp.ones_like(values)
+    return jnp.sum(jnp.where(weights == 0, 0.0, weights * values)), jnp.sum(weights)
 
 
 def _cross_entropy(logits: Float[Array, "b c v"], targets: Int[Array, "b c"]) -> Float[Array, "b c"]:

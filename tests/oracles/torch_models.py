@@ -9,14 +9,12 @@ import torch
 import transformers
 
 from peft_jax import Forward
-from peft_jax.models import gpt2, llama
+from peft_jax.models import families
 from peft_jax.models.tensors import Tensor, unrolled
-
-FAMILIES = (llama, gpt2)
 
 
 def family(config: Any) -> Any:
-    return next(module for module in FAMILIES if config.model_type in module.MODEL_TYPES)
+    return families.family(config.model_type)
 
 
 def torch_model(config: Any, seed: int = 0) -> torch.nn.Module:

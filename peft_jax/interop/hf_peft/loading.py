@@ -18,8 +18,7 @@ from peft_jax.interop.hf_peft.names import PREFIX, Names, Part, Source, names_of
 from peft_jax.methods.dora import DoRA, column_norms
 from peft_jax.methods.lora import LoRA, lora
 from peft_jax.methods.pissa import Residual
-from peft_jax.methods.unfreeze import Unfrozen, unfreeze
-from peft_jax.weights import Leaf, is_weight, materialise
+from peft_jax.weights import Leaf, Unfrozen, is_weight, materialise
 
 
 class Adapter(NamedTuple):
@@ -100,7 +99,7 @@ def load(
         trees.claim(taken, model.params)
     params, forward = trees.map_leaves(each, model.params), model.forward
     for trained in called:
-        forward = unfreeze(".", name=trained).wrap(forward)
+        forward = trees.bare(forward, trained)
     rate = config.get("lora_dropout") or 0.0
     inner = f"{name}.lora" if config.get("use_dora") else name
     return params, lora(dropout=rate, name=inner).wrap(forward)

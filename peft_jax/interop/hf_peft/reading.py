@@ -12,8 +12,7 @@ from peft_jax.interop.hf_peft.names import Source
 from peft_jax.methods.dora import DoRA, column_norms
 from peft_jax.methods.lora import LoRA
 from peft_jax.methods.pissa import Residual
-from peft_jax.methods.unfreeze import Unfrozen
-from peft_jax.weights import Leaf, base_of, is_weight, materialise
+from peft_jax.weights import Leaf, Unfrozen, base_of, is_weight, materialise
 
 
 class Term(NamedTuple):
