@@ -1,23 +1,29 @@
 """BERT and RoBERTa against transformers in torch: features, heads, gradients, files; and the prompts before them."""
 
 import copy
+import json
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import peft
 import pytest
 import torch
 import transformers as tf
 from checks import close, copied, differs, same
 from oracles.parity import CLOSE, compiled
 from oracles.torch_models import fill, numbers
+from safetensors.numpy import load_file
 from zoo import disturbed
 
 import peft_jax as pj
 from peft_jax import Inputs, Ports, methods, models, training
+from peft_jax.interop import hf_peft
 from peft_jax.models import bert
 from peft_jax.models.checkpoint import plan
 
@@ -68,7 +74,7 @@ def pair(name: str, head: str | None, scan: bool = True, **options: Any) -> tupl
             one = key.endswith("LayerNorm.weight")
             large = 1.5 / max(parameter.shape) ** 0.5
             parameter.copy_(1 + 0.3 * noise if one else noise * (0.3 if parameter.ndim == 1 else large))
-    named = {key if head else f"{name}.{key}": x for key, x in numbers(model).items() if "position_ids" not in key}
+    named = {key: x for key, x in numbers(model).items() if "position_ids" not in key}
     abstract = jax.eval_shape(lambda key: bert.init(key, config, scan=scan, head=head), KEY)
     params = fill(bert.tensors(config, head), named, abstract, 3, scan)
     return model, params, bert.build(config, scan=scan, head=head, **options)
@@ -167,6 +173,7 @@ def test_transformers_loads_what_we_save_and_back(name: str, head: str | None, t
 def test_a_new_head_trains_and_the_pretrained_model_does_not(name: str, tmp_path: Path) -> None:
     """From a masked language model's checkpoint, whose own head nobody needs."""
     tf.AutoModelForMaskedLM.from_config(CONFIGS[name]).save_pretrained(tmp_path / "mlm")
+    models.load(tmp_path / "mlm")
     loaded = models.load(tmp_path / "mlm", head="tokens", labels=5, key=jax.random.key(7))
     assert loaded.params["classifier"]["kernel"].shape == (32, 5) and loaded.forward.spec.labels == 5
     assert pj.count(loaded.params).trainable == 32 * 5 + 5
@@ -201,6 +208,96 @@ def test_a_new_head_trains_and_the_pretrained_model_does_not(name: str, tmp_path
     np.testing.assert_allclose(
         compiled(bert.build(CONFIGS[name], head="tokens", labels=5))(plain, TOKENS), found, **CLOSE
     )
+
+
+# -- adapters of HF PEFT ----------------------------------------------------------------------------------------------
+
+TASKS = {"classification": "SEQ_CLS", "tokens": "TOKEN_CLS", "answers": "QUESTION_ANS", None: "FEATURE_EXTRACTION"}
+
+
+def quietly(fn: Any, *args: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return fn(*args)
+
+
+def of_peft(model: Any, head: str | None, mask: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        out = quietly(lambda: model(torch.tensor(TOKENS).long(), attention_mask=torch.tensor(mask).long()))
+    if head == "answers":
+        scores = np.stack([out.start_logits.numpy(), out.end_logits.numpy()], -1)
+    else:
+        scores = (out.logits if head else out.last_hidden_state).numpy()
+    return scores if head == "classification" else scores[:, -12:]
+
+
+@pytest.mark.parametrize(("name", "head"), BOTH)
+@pytest.mark.parametrize("kind", ["prompt", "lora"])
+def test_peft_gives_the_same_outputs_and_back(name: str, head: str | None, kind: str, tmp_path: Path) -> None:
+    model, base, plain = pair(name, head)
+    new = methods.unfreeze("classifier|qa_outputs") if head else pj.chain()
+    one = methods.prompt_tuning(4, start="uniform") if kind == "prompt" else methods.lora(2, 3, "query|value")
+    params, forward = pj.chain(one, new)(KEY, base, plain)
+    params = disturbed(params)
+    if kind == "prompt" and head == "classification":
+        with pytest.raises(ValueError, match=r"HF PEFT lets read the first soft token and this library .* \[CLS\]"):
+            hf_peft.save(tmp_path / "a", params)
+        return
+    hf_peft.save(tmp_path / "a", params)
+    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["task_type"] == TASKS[head]
+    given = Inputs(TOKENS, mask=MASK)
+    wanted = np.asarray(compiled(forward)(params, given))
+    real = np.ones(3, bool) if head == "classification" else MASK
+    theirs = quietly(peft.PeftModel.from_pretrained, copy.deepcopy(model), str(tmp_path / "a")).eval()
+    np.testing.assert_allclose(of_peft(theirs, head, MASK)[real], wanted[real], **CLOSE)
+
+    again, loaded = hf_peft.load(tmp_path / "a", SimpleNamespace(params=base, forward=plain))
+    np.testing.assert_allclose(compiled(loaded)(again, given), wanted, atol=1e-5)
+    hf_peft.save(tmp_path / "b", again)
+    for file in (tmp_path / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+    quietly(theirs.save_pretrained, str(tmp_path / "theirs"))
+    last, loaded = hf_peft.load(tmp_path / "theirs", SimpleNamespace(params=base, forward=plain))
+    np.testing.assert_allclose(compiled(loaded)(last, given), wanted, atol=1e-5)
+    assert pj.count(last).trainable == pj.count(params).trainable
+
+
+@pytest.mark.parametrize("head", ["classification", "tokens", "answers"])
+def test_prefixes_are_saved_as_peft_saves_them(head: str, tmp_path: Path) -> None:
+    """Files alone: HF PEFT 0.21.2 does not run prefixes on the encoders of transformers 5."""
+    model, base, plain = pair("roberta", head)
+    params, forward = pj.chain(methods.p_tuning_v2(4), methods.unfreeze("classifier|qa_outputs"))(KEY, base, plain)
+    hf_peft.save(tmp_path / "a", params)
+    made = peft.PrefixTuningConfig(task_type=TASKS[head], num_virtual_tokens=4)
+    quietly(quietly(peft.get_peft_model, model, made).save_pretrained, str(tmp_path / "theirs"))
+    shapes = [
+        {key: x.shape for key, x in load_file(tmp_path / folder / "adapter_model.safetensors").items()}
+        for folder in ("a", "theirs")
+    ]
+    assert shapes[0] == shapes[1]
+    again, loaded = hf_peft.load(tmp_path / "theirs", SimpleNamespace(params=base, forward=plain), name="p_tuning_v2")
+    assert pj.count(again).trainable == pj.count(params).trainable
+    again, loaded = hf_peft.load(tmp_path / "a", SimpleNamespace(params=base, forward=plain))
+    close(compiled(loaded)(again, TOKENS), compiled(forward)(params, TOKENS), atol=1e-5)
+
+
+def test_adapters_of_other_heads_are_refused(tmp_path: Path) -> None:
+    _, base, plain = pair("bert", "tokens")
+    method = pj.chain(methods.prompt_tuning(4, start="uniform"), methods.unfreeze("classifier"))
+    hf_peft.save(tmp_path, method(KEY, base, plain)[0])
+    for head, message in (
+        ("answers", r"base_model.classifier.bias \[3\], which this model does not have"),
+        (None, r"base_model.classifier.bias \[3\], which this model does not have"),
+    ):
+        _, other, forward = pair("bert", head)
+        with pytest.raises(ValueError, match=message):
+            hf_peft.load(tmp_path, SimpleNamespace(params=other, forward=forward))
+    wide = models.from_config(CONFIGS["bert"], KEY, head="tokens", labels=7)
+    with pytest.raises(ValueError, match=r"classifier.bias with shape \[3\], and classifier/bias .* for \[7\]"):
+        hf_peft.load(tmp_path, wide)
+    both = pj.chain(methods.prompt_tuning(4, start="uniform"), methods.unfreeze("LayerNorm"))
+    with pytest.raises(ValueError, match=r"ports/prompt_tuning and an adapter of bert.*LayerNorm"):
+        hf_peft.save(tmp_path / "b", both(KEY, base, plain)[0])
 
 
 # -- methods ----------------------------------------------------------------------------------------------------------

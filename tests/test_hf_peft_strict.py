@@ -204,7 +204,7 @@ def test_trees_that_the_format_cannot_hold(tmp_path: Path) -> None:
     query, plain = "model/layers/self_attn/q_proj/kernel", base("llama").params
     refused(plain, "holds no adapter to save")
     prompt = {"ports": {"prompt": jnp.zeros(3)}}
-    refused(made(methods.lora(2)) | prompt, "holds ports/prompt and adapters of weights")
+    refused(made(methods.lora(2)) | prompt, "holds ports/prompt and an adapter of model.layers.0.self_attn.q_proj")
     refused(plain | prompt, "ports/prompt is a ArrayImpl, for which HF PEFT has no format")
     refused(made(methods.lora(2)) | {"methods": {"pair": jnp.zeros(3)}}, "methods/pair is shared by the layers")
     for half in pj.partition(made(methods.dora(2))):

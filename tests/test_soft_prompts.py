@@ -127,14 +127,14 @@ def test_files_for_other_models_are_refused(tmp_path: Path) -> None:
     spoilt = {
         '"num_virtual_tokens": 4': ('"num_virtual_tokens": 5', r"shape \[4, 16\].* ask for \[5, 16\]"),
         '"num_transformer_submodules": 1': ('"num_transformer_submodules": 2', "for an encoder-decoder model"),
-        '"revision": null': ('"modules_to_save": ["score"]', "modules_to_save .* not supported"),
+        '"revision": null': ('"modules_to_save": ["norm"]', "modules_to_save .* not supported"),
     }
     for old, (new, message) in spoilt.items():
         (tmp_path / "prompt" / "adapter_config.json").write_text(config.replace(old, new))
         with pytest.raises(ValueError, match=message):
             hf_peft.load(tmp_path / "prompt", base("llama").model)
     both, _ = pj.chain(METHODS["prompt"], methods.lora(2))(KEY, base("llama").params, base("llama").forward)
-    with pytest.raises(ValueError, match=r"holds ports/prompt_tuning and adapters of weights.*save them apart"):
+    with pytest.raises(ValueError, match=r"holds ports/prompt_tuning and an adapter of model.*save them apart"):
         hf_peft.save(tmp_path / "both", both)
     for half in pj.partition(made("llama", METHODS["prefix"])[0])[1:]:
         with pytest.raises(ValueError, match="ports/prefix_tuning has holes: combine"):

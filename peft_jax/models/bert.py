@@ -284,10 +284,10 @@ def _pools(kind: str, head: str | None) -> bool:
 
 
 def tensors(config: Any, head: str | None = None) -> tuple[Tensor, ...]:
-    """Where each tensor of a Hugging Face checkpoint goes."""
+    """Where each tensor of a Hugging Face checkpoint goes; without a head, names do not begin with the model's own."""
     kind = config.model_type
     parts = [f"{kind}.pooler.dense"] if _pools(kind, head) else []
-    return _table(kind, (*parts, *_head_modules(kind, head)))
+    return _table(kind, (*parts, *_head_modules(kind, head)), "" if head is None else f"{kind}.")
 
 
 def _head_modules(kind: str, head: str | None) -> tuple[str, ...]:
@@ -296,10 +296,10 @@ def _head_modules(kind: str, head: str | None) -> tuple[str, ...]:
     return () if head is None else ("qa_outputs",) if head == "answers" else ("classifier",)
 
 
-def _table(kind: str, more: tuple[str, ...]) -> tuple[Tensor, ...]:
-    ours, theirs = f"{kind}/layers/", f"{kind}.encoder.layer.{{layer}}."
+def _table(kind: str, more: tuple[str, ...], root: str) -> tuple[Tensor, ...]:
+    ours, theirs = f"{kind}/layers/", f"{root}encoder.layer.{{layer}}."
     names = ("word_embeddings", "position_embeddings", "token_type_embeddings")
-    found = [Tensor(f"{kind}.embeddings.{n}.weight", (f"{kind}/embeddings/{n}/embedding",)) for n in names]
+    found = [Tensor(f"{root}embeddings.{n}.weight", (f"{kind}/embeddings/{n}/embedding",)) for n in names]
 
     def both(source: str, path: str, weight: str) -> list[Tensor]:
         transposed = weight == "kernel"
@@ -308,7 +308,7 @@ def _table(kind: str, more: tuple[str, ...]) -> tuple[Tensor, ...]:
             Tensor(f"{source}.bias", (f"{path}/bias",)),
         ]
 
-    found += both(f"{kind}.embeddings.LayerNorm", f"{kind}/embeddings/LayerNorm", "scale")
+    found += both(f"{root}embeddings.LayerNorm", f"{kind}/embeddings/LayerNorm", "scale")
     inside = [f"attention.self.{n}" for n in ("query", "key", "value")]
     for name in (*inside, "attention.output.dense", "intermediate.dense", "output.dense"):
         found += both(theirs + name, ours + name.replace(".", "/"), "kernel")
@@ -319,10 +319,11 @@ def _table(kind: str, more: tuple[str, ...]) -> tuple[Tensor, ...]:
     return tuple(found)
 
 
-EVERY = {
-    f"{kind}.embeddings.word_embeddings": _table(
-        kind,
-        (f"{kind}.pooler.dense", "classifier", "classifier.dense", "classifier.out_proj", "qa_outputs"),
-    )
-    for kind in MODEL_TYPES
-}
+_PARTS = ("pooler.dense", "classifier", "classifier.dense", "classifier.out_proj", "qa_outputs")
+EVERY = (  # what any member has, behind the name of its embedding: without a head, and with one
+    *((("embeddings.word_embeddings"), _table(kind, (), "")) for kind in MODEL_TYPES),
+    *(
+        (f"{kind}.embeddings.word_embeddings", _table(kind, (f"{kind}.{_PARTS[0]}", *_PARTS[1:]), f"{kind}."))
+        for kind in MODEL_TYPES
+    ),
+)

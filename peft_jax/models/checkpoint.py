@@ -167,12 +167,15 @@ def plan(params: Params, tensors: Sequence[Tensor], layers: int, scan: bool) -> 
 def locate(reader: Reader, shapes: Mapping[str, tuple[int, ...]], unused: str = "") -> dict[str, str]:
     """The name under which a checkpoint holds each tensor, after checking that it holds these and nothing else.
 
-    A checkpoint saved from the bare model lacks the first part of the names (``transformer.h.0…`` is ``h.0…``).
+    A checkpoint saved from the bare model lacks the first part of the names (``transformer.h.0…`` is ``h.0…``), and one
+    saved with a head has it where the bare model does not (``encoder.layer.0…`` is ``bert.encoder.layer.0…``).
     """
     stored = set(reader.names())
+    inner = {name.partition(".")[2]: name for name in stored}
     bare = {source: source.partition(".")[2] for source in shapes}
-    found = {source: source if source in stored else bare[source] for source in shapes}
-    found = {source: name for source, name in found.items() if name in stored}
+    options = {source: (source, bare[source], inner.get(source, "")) for source in shapes}
+    found = {source: next((name for name in names if name in stored), "") for source, names in options.items()}
+    found = {source: name for source, name in found.items() if name}
     if missing := [source for source in shapes if source not in found]:
         more = f", nor {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(f"{reader.source} does not hold the tensor {missing[0]} {list(shapes[missing[0]])}{more}")

@@ -36,7 +36,7 @@ def spec_of(params: Params) -> Spec:
     tree = {"/".join(path): leaf for path, leaf in trees.leaves(params).items()}
     stacked: dict[str, Any] = {re.sub(r"(^|/)layers_\d+/", r"\1layers/", path): leaf for path, leaf in tree.items()}
     scan = stacked.keys() <= tree.keys()
-    for embedding, every in (pair for module in FAMILIES for pair in module.EVERY.items()):
+    for embedding, every in (pair for module in FAMILIES for pair in module.EVERY):
         tensors = [tensor for tensor in every if stacked.keys() >= set(tensor.paths)]
         inside = [path for tensor in tensors if tensor.layered for path in tensor.paths]
         if not inside or stacked.keys() != {path for tensor in tensors for path in tensor.paths}:

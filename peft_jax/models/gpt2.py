@@ -192,4 +192,4 @@ def _table(tied: bool) -> tuple[Tensor, ...]:
     return tuple(found)
 
 
-EVERY = {f"{ROOT}.{TABLE}": _table(tied=False)}  # what any member has, by its embedding
+EVERY = ((f"{ROOT}.{TABLE}", _table(tied=False)),)  # what any member has, behind the name of its embedding

@@ -227,4 +227,4 @@ def _table(tied: bool, qkv_bias: bool, o_bias: bool, mlp_bias: bool, qk_norm: bo
     return tuple(found)
 
 
-EVERY = {f"{ROOT}.{TABLE}": _table(False, True, True, True, True)}  # what any member has, by its embedding
+EVERY = ((f"{ROOT}.{TABLE}", _table(False, True, True, True, True)),)  # what any member has, behind its embedding

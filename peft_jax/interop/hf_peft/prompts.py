@@ -4,6 +4,8 @@ PROMPT_TUNING   ``[p, width]``: a `Prompt` as it is
 PREFIX_TUNING   ``[l, layers · 2 · kv_heads · head_dim]``, a row's keys and values layer by layer: a `Prefix`.  An MLP
                 is baked away, as HF PEFT does when it saves, so a loaded prefix trains on without one
 
+A head that trains too lies beside them, ``base_model.classifier.weight``.
+
 Source: HF PEFT 0.21.2, peft_model.py (``get_prompt``), tuners/{prompt,prefix}_tuning/config.py.
 """
 
@@ -15,13 +17,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax import ports
-from peft_jax.core import Forward, Params
+from peft_jax import ports, trees
+from peft_jax.core import Forward, Params, Path
+from peft_jax.interop.hf_peft.names import names_of
 from peft_jax.methods.prefix_tuning import Prefix, Reparametrised, flatten, prefix_tuning, unflatten
 from peft_jax.methods.prompt_tuning import Prompt, prompt_tuning
+from peft_jax.weights import Leaf, Unfrozen, innermost
 
 KINDS = ("PROMPT_TUNING", "PREFIX_TUNING")
 TENSOR = "prompt_embeddings"
+PREFIX = "base_model."  # of a head's tensors
+HEADS = ("classifier", "score", "qa_outputs")  # the modules that HF PEFT saves with a prompt
 
 # Fields that say nothing about the numbers, or are read here.
 UNDERSTOOD = """
@@ -55,6 +61,15 @@ def describe(name: str, leaf: Any) -> tuple[dict[str, np.ndarray], dict[str, Any
     return {TENSOR: np.ascontiguousarray(found)}, common | sizes | extra
 
 
+def refuse_pooled(kind: str, task: str | None, where: str) -> None:
+    """Raises on a prompt for classifying: HF PEFT does so by the first soft token's features."""
+    if kind == "PROMPT_TUNING" and task == "SEQ_CLS":
+        raise ValueError(
+            f"{where} is a prompt with a head for classes, which HF PEFT lets read the first soft token and this "
+            "library (as the code of P-tuning v2) [CLS]: its outputs would be others"
+        )
+
+
 def load(
     config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], model: Any, name: str, dtype: Any, file: File
 ) -> tuple[Params, Forward]:
@@ -63,13 +78,14 @@ def load(
     Raises:
         ValueError: on an option that is not supported, and on a tensor that is missing, extra or misshapen.
     """
+    refuse_pooled(config["peft_type"], config.get("task_type"), str(file))
     for option, value in config.items():
+        if option == "modules_to_save" and set(value or ()) <= set(HEADS):
+            continue
         if option not in UNDERSTOOD.split() and value not in (None, False, [], {}):
             raise ValueError(f"{file} comes with {option} ({value!r}), which is not supported")
     if config.get("num_transformer_submodules") not in (None, 1):
         raise ValueError(f"{file} is for an encoder-decoder model, and this is a decoder")
-    for key in tensors.keys() - {TENSOR}:
-        raise ValueError(f"{file} holds the tensor {key} {list(tensors[key].shape)}, which its config does not name")
     if TENSOR not in tensors:
         raise ValueError(f"{file} lacks the tensor {TENSOR}")
     spec, found = model.forward.spec, tensors[TENSOR]
@@ -87,4 +103,33 @@ def load(
     method = prompt_tuning(length, name=name) if prompt else prefix_tuning(length, hidden=None, name=name)
     if name in model.params.get("ports", ()):
         raise ValueError(f"a method named {name!r} is already applied: give this one another name=")
-    return ports.put(model.params, name, leaf), method.wrap(model.forward)
+    params, forward = _with_head(tensors, model, f"{name}.head", file)
+    return ports.put(params, name, leaf), method.wrap(forward)
+
+
+def _with_head(tensors: Mapping[str, np.ndarray], model: Any, name: str, file: File) -> tuple[Params, Forward]:
+    """The model with the head that was saved beside a prompt, which trains on."""
+    extra = tensors.keys() - {TENSOR}
+    if not extra:
+        return model.params, model.forward
+    names = names_of(model.params, model.forward.spec)
+    heads = {PREFIX + s.name: s for s in names.sources.values() if s.name.startswith(HEADS)}
+    for key in sorted(extra):
+        if key not in heads:
+            raise ValueError(
+                f"{file} holds the tensor {key} {list(tensors[key].shape)}, which this model does not have"
+            )
+        if tensors[key].shape != heads[key].shape:
+            raise ValueError(
+                f"{file} holds {key} with shape {list(tensors[key].shape)}, and {heads[key].where} of this model asks "
+                f"for {list(heads[key].shape)}: it is for another head"
+            )
+    values = {s.parts[0].path: tensors[k].T if s.transpose else tensors[k] for k, s in heads.items() if k in extra}
+
+    def each(path: Path, leaf: Leaf) -> Leaf:
+        if path not in values:
+            return leaf
+        base = innermost(leaf) if isinstance(leaf, Unfrozen) else leaf
+        return Unfrozen(base, jnp.asarray(values[path], base.dtype), None, name)
+
+    return trees.map_leaves(each, model.params), trees.bare(model.forward, name)

@@ -3,8 +3,8 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path as File
+from typing import Any
 
-import jax
 import numpy as np
 
 from peft_jax import trees
@@ -25,7 +25,7 @@ def save(
     adapter: str | None = None,
     dropout: float = 0.0,
     base_model_name_or_path: str | None = None,
-    task_type: str | None = "CAUSAL_LM",
+    task_type: str | None = "auto",
 ) -> None:
     """Writes the adapter of a tree as HF PEFT's ``adapter_model.safetensors`` and ``adapter_config.json``.
 
@@ -41,7 +41,7 @@ def save(
         adapter: which one to write, of a tree made by `pj.adapters.stack`.
         dropout: the rate to record for whoever trains on: a tree does not know it.
         base_model_name_or_path: the base to record.
-        task_type: the task to record.
+        task_type: the task to record; by default, what the model's head is for.
 
     Raises:
         ValueError: if the tree holds what the format cannot, with the leaf's path; or nothing to save.
@@ -56,22 +56,8 @@ def save(
     ...     sorted(file.name for file in pathlib.Path(folder, "adapter").iterdir())
     ['adapter_config.json', 'adapter_model.safetensors']
     """
-    common = {
-        "task_type": task_type,
-        "base_model_name_or_path": base_model_name_or_path,
-        "inference_mode": True,
-        "revision": None,
-    }
     if isinstance(params, Mapping) and params.get("ports"):
-        (name, leaf), *more = params["ports"].items()
-        if more or any(path[0] != "ports" for path in _trained(params)):
-            other = f"ports/{more[0][0]}" if more else "adapters of weights"
-            raise ValueError(
-                f"the tree holds ports/{name} and {other}, and a directory of HF PEFT holds one of them: save them "
-                "apart, pj.strip(params) | {'ports': …} and the tree without its ports"
-            )
-        tensors, own = prompts.describe(name, leaf)
-        return files.write(File(directory), tensors, own | common)
+        return _save_port(File(directory), params, forward, task_type, base_model_name_or_path)
     for name in params.get("methods", ()) if isinstance(params, Mapping) else ():
         raise ValueError(f"methods/{name} is shared by the layers: HF PEFT's LoRA format cannot hold it")
     params = one_of_a_stack(params, adapter)
@@ -84,7 +70,7 @@ def save(
     if not adapted and not whole:
         raise ValueError("the tree holds no adapter to save: apply a method such as methods.lora first")
 
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     for module, found in adapted.items():
         tensors |= _keys(names, module, found)
     for source in whole:
@@ -102,12 +88,12 @@ def save(
             tensors[f"{PREFIX}{head}.weight"] = tensors[f"{PREFIX}{embedding}.weight"]
     linear = [module for module, source in names.matrices.items() if not source.embedding]
     config = (
-        common
+        _common(task_type, base_model_name_or_path, names)
         | configs.scaling(sizes)
         | {
             "peft_type": "LORA",
             "target_modules": _targets(set(sizes), linear) or configs.NOTHING_ADAPTED,
-            "modules_to_save": sorted(to_save) or None,
+            "modules_to_save": sorted(_whole_modules(to_save, names)) or None,
             "bias": bias,
             "lora_dropout": dropout,
             "use_dora": any(found.magnitude is not None for found in adapted.values()),
@@ -120,10 +106,51 @@ def save(
     files.write(File(directory), tensors, config | ({"ensure_weight_tying": True} if tied else {}))
 
 
-def _trained(params: Params) -> list[trees.Path]:
-    """The paths of what trains."""
-    flat = jax.tree_util.tree_flatten_with_path(trees.trainable(params))[0]
-    return [trees.path_of(keys) for keys, marked in flat if marked]
+def _common(task_type: str | None, base: str | None, names: Names) -> dict[str, Any]:
+    task = _task(names) if task_type == "auto" else task_type
+    return {"task_type": task, "base_model_name_or_path": base, "inference_mode": True, "revision": None}
+
+
+def _task(names: Names) -> str:
+    """What HF PEFT calls the task of a model with these modules."""
+    modules = names.matrices.keys()
+    if "qa_outputs" in modules:
+        return "QUESTION_ANS"
+    if "classifier.dense" in modules or any(module.endswith("pooler.dense") for module in modules):
+        return "SEQ_CLS"
+    if "classifier" in modules:
+        return "TOKEN_CLS"
+    return "FEATURE_EXTRACTION" if any(module.endswith("word_embeddings") for module in modules) else "CAUSAL_LM"
+
+
+def _whole_modules(to_save: set[str], names: Names) -> set[str]:
+    """Their names for the config, a head of several linears by the name that holds them all."""
+    heads = {module.partition(".")[0] for module in to_save if module.startswith("classifier.")}
+    inside = {head: {m for m in names.matrices if m.startswith(f"{head}.")} for head in heads}
+    held = {head for head, modules in inside.items() if modules <= to_save}
+    return {module for module in to_save if module.partition(".")[0] not in held} | held
+
+
+def _save_port(folder: File, params: Params, forward: Forward | None, task_type: str | None, base: str | None) -> None:
+    """A prompt or a prefix, and the head that trains with it."""
+    (name, leaf), *more = params["ports"].items()
+    read = {path: read_leaf(path, leaf) for path, leaf in trees.leaves(params).items()}
+    names = names_of(params, spec_of(params) if forward is None else forward.spec)
+    whole = [s for s in names.sources.values() if any(trains(read[part.path], part.layer) for part in s.parts)]
+    strange = [source.module for source in whole if not source.name.startswith(prompts.HEADS)]
+    strange += [m for m, source in names.matrices.items() if adapter_of(source, read)]
+    if more or strange:
+        other = f"ports/{more[0][0]}" if more else f"an adapter of {strange[0]}"
+        raise ValueError(
+            f"the tree holds ports/{name} and {other}, and a directory of HF PEFT holds one of them: save them apart, "
+            "pj.strip(params) | {'ports': …} and the tree without its ports"
+        )
+    mine, own = prompts.describe(name, leaf)
+    modules = {source.module for source in whole}
+    heads = {prompts.PREFIX + s.name: value_of(s, read) for s in names.sources.values() if s.module in modules}
+    common = _common(task_type, base, names)
+    prompts.refuse_pooled(own["peft_type"], common["task_type"], f"ports/{name}")
+    files.write(folder, mine | heads, own | common)
 
 
 def _targets(adapted: set[str], linear: list[str]) -> list[str]:
