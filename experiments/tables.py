@@ -45,10 +45,10 @@ def markdown(table: Table, name: str, results: Results, image: str) -> str:
         lines += [f"**Incomplete**: {len(missing)} of {total} runs are missing ({'; '.join(missing)}).", ""]
     for part in profile.parts:
         lines += [*part_lines(part, profile, results), ""]
-    models = (
-        f"On {profile.settings.model} and {profile.settings.data}; the last columns are the paper's, as printed for its"
-    )
-    lines += [f"{models} own model and task: {table.paper}.", ""]
+    source = f"On {profile.settings.model} and {profile.settings.data}"
+    if any(part.figures for part in profile.parts):
+        source += "; the last columns are the paper's, as printed for its own model and task"
+    lines += [f"{source}: {table.paper}.", ""]
     return "\n".join([*lines, f"![{table.title}]({image})", "", origin(results)]) + "\n"
 
 
@@ -89,10 +89,16 @@ def origin(results: Results) -> str:
     commits = ", ".join(dict.fromkeys(r["commit"][:12] for r in found))
     versions = ", ".join(f"{name} {number}" for name, number in one["versions"].items())
     dates = sorted(r["date"][:10] for r in found)
-    work = f"{one['train']['places']:,} training and {one['evaluate']['places']:,} evaluation places a run"
+    train, evaluate = (range_of([r[kind]["places"] for r in found]) for kind in harness.KINDS)
+    work = f"{train} training and {evaluate} evaluation places a run"
     machine = f"{one['machine']['device']}, {one['machine']['cores']} cores"
     hours = sum(r["seconds"] for r in found) / 3600
     return f"{work}; {hours:.2f} hours in all on {machine}; {dates[0]} to {dates[-1]}; commit {commits}; {versions}."
+
+
+def range_of(numbers: list[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 # -- plots ------------------------------------------------------------------------------------------------------------
