@@ -58,7 +58,7 @@ class LoRA(Weight):
         return plus_product(materialise(self.base), self.scale, self.a, self.b)
 
     def linear(self, x: Array) -> Array:
-        return linear(x, self.base) + self._low_rank(_dropped(x, self.key, self.rate) @ self.a.astype(x.dtype), self.b)
+        return linear(x, self.base) + self._low_rank(dropped(x, self.key, self.rate) @ self.a.astype(x.dtype), self.b)
 
     def embed(self, ids: Array) -> Array:
         rows = embed(ids, self.base)
@@ -84,7 +84,7 @@ def plus_product(base: Array, scale: Array, a: Array, b: Array) -> Array:
     return (base.astype(wide) + product).astype(base.dtype)
 
 
-def _dropped(x: Array, key: Array | None, rate: Array | None) -> Array:
+def dropped(x: Array, key: Array | None, rate: Array | None) -> Array:
     """Dropout, scaled so that the expectation is `x`; without a key, `x` itself."""
     if key is None or rate is None:
         return x

@@ -12,7 +12,7 @@ paper's ablation.  Trained numbers: l·width + width·hidden + hidden + (hidden 
 2·layers·d·l.
 
 Source: section 4; XiangLi1999/PrefixTuning, gpt2/train_control.py (``get_prompt_p5``); starting from real words:
-section 7.3, ``lowdata_token``.
+its section on initialisation, ``lowdata_token``.
 
 Departures: P' starts N(0, 1) and the MLP as torch's Linear does, U(±1/√inputs), as in its code; P alone starts N(0, 1)
 too.  A start from real words is exact with ``hidden=None``; otherwise the MLP is fitted to it as in the code (Adam,
@@ -32,6 +32,7 @@ from jaxtyping import Array
 
 from peft_jax import trees
 from peft_jax.core import Forward, Inputs, Method, Params, Ports, check_tokens
+from peft_jax.methods.lora import dropped
 from peft_jax.ports import behind, key_of, need, put, take
 from peft_jax.weights import Weight, static
 
@@ -175,7 +176,7 @@ def prefix_tuning(
             rows = mine.rows()
             if dropout and ports.micro_key is not None:
                 keys = jax.random.split(key_of(ports.micro_key, name))
-                rows = tuple(_dropped(x, k, dropout) for x, k in zip(rows, keys, strict=True))
+                rows = tuple(dropped(x, k, jnp.float32(dropout)) for x, k in zip(rows, keys, strict=True))
             return params, dataclasses.replace(ports, prefix=_before(rows, ports.prefix))
 
         return behind(forward.rewritten(fill), length)
@@ -193,11 +194,6 @@ def _before(rows: tuple[Array, Array], others: Any) -> Any:
         return jnp.concatenate([mine, other.astype(mine.dtype)], -3)
 
     return tuple(map(both, rows, others))
-
-
-def _dropped(x: Array, key: Array, rate: float) -> Array:
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return jnp.where(keep, x / (1 - rate), jnp.zeros((), x.dtype))
 
 
 def _mlp(key: Array, length: int, width: int, hidden: int, heads: tuple[int, int, int], name: str) -> Reparametrised:
