@@ -29,18 +29,15 @@ README says 0.8); AdamW's ε is 1e-6, as in its code.
 
 import dataclasses
 import functools
-import hashlib
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 
 import peft_jax as pj
 from experiments import e2e, sentiment
-from experiments.data import smollm2
 from experiments.harness import Metric, Outcome, Part, Profile, Speed, Table, Work, train
 from peft_jax import Forward, Method, methods, models, training
 from peft_jax.models.loading import Model
@@ -161,35 +158,6 @@ class Laptop:
     alpha: float = 8.0
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Reviews:
-    """A model, and the reviews that every run trains and is evaluated on."""
-
-    model: Model
-    train: list[sentiment.Example]
-    held_out: list[sentiment.Example]
-    answers: np.ndarray
-
-
-def load_reviews(s: Laptop, source: str | None, folder: str | None) -> Reviews:
-    if folder is not None:
-        raise ValueError("the laptop profile reads the reviews that `make data` fetches: leave --data out")
-    model = models.load(smollm2() if source is None else source, remat="dots")
-    answers = sentiment.answer_ids(model.tokenizer)
-    train, held_out = sentiment.load(model.tokenizer, s.length, s.held_out)
-    used = train[: s.steps * s.batch]
-    print(
-        f"reviews of at most {s.length} tokens in one fixed order: {len(held_out)} held out ({digest(held_out)}), then "
-        f"the first {len(used)} of {len(train)} to train on ({digest(used)}), the same for every run"
-    )
-    return Reviews(model, used, held_out, answers)
-
-
-def digest(examples: list[sentiment.Example]) -> str:
-    text = "\n".join(f"{example.answer}{example.text}" for example in examples)
-    return f"sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]}"
-
-
 @functools.lru_cache(maxsize=1)
 def laptop_step(forward: Forward, s: Laptop) -> tuple[optax.GradientTransformation, Step]:
     """One step for all runs: only another row's shapes compile it again."""
@@ -197,7 +165,7 @@ def laptop_step(forward: Forward, s: Laptop) -> tuple[optax.GradientTransformati
     return tx, training.make_step(forward, tx, sentiment.answer_loss, clip=s.clip)
 
 
-def run_reviews(task: Reviews, s: Laptop, row: Row, seed: int) -> Outcome:
+def run_reviews(task: sentiment.Task, s: Laptop, row: Row, seed: int) -> Outcome:
     model, key = task.model, jax.random.key(seed)
     method = adapter(row, s.alpha, model.config.model_type)
     params, forward = method(key, model.params, model.forward)
@@ -224,7 +192,7 @@ LAPTOP = Profile(
     metrics=(Metric("accuracy", "accuracy, %", 1), Metric("loss", "loss, nats", 3)),
     speed=Speed(350, 900, "recorded on two CPU cores"),
     places=lambda s, row: (s.steps * s.batch * s.length, s.held_out * s.length),
-    load=load_reviews,
+    load=sentiment.prepare,
     run=run_reviews,
 )
 

@@ -30,10 +30,8 @@ import optax
 
 import peft_jax as pj
 from experiments import sentiment
-from experiments.data import smollm2
 from experiments.harness import Metric, Outcome, Part, Profile, Speed, Table, Work, train
-from experiments.lora_ablation import Reviews, digest
-from peft_jax import Method, methods, models, training
+from peft_jax import Method, methods, training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,21 +77,7 @@ def places(s: Laptop, row: Row) -> tuple[int, int]:
     return trained, s.held_out * (s.length + before) + read
 
 
-def load(s: Laptop, source: str | None, folder: str | None) -> Reviews:
-    if folder is not None:
-        raise ValueError("the laptop profile reads the reviews that `make data` fetches: leave --data out")
-    model = models.load(smollm2() if source is None else source, remat="dots")
-    answers = sentiment.answer_ids(model.tokenizer)
-    reviews, held_out = sentiment.load(model.tokenizer, s.length, s.held_out)
-    used = reviews[: s.steps * s.batch]
-    print(
-        f"reviews of at most {s.length} tokens in one fixed order: {len(held_out)} held out ({digest(held_out)}), then "
-        f"the first {len(used)} of {len(reviews)} to train on ({digest(used)}), the same for every run"
-    )
-    return Reviews(model, used, held_out, answers)
-
-
-def method_of(task: Reviews, s: Laptop, row: Row, seed: int) -> Method:
+def method_of(task: sentiment.Task, s: Laptop, row: Row, seed: int) -> Method:
     """What the row does to the model."""
     if row.kind == "lora":
         return methods.lora(row.length, row.length)
@@ -106,7 +90,7 @@ def method_of(task: Reviews, s: Laptop, row: Row, seed: int) -> Method:
     return methods.prompt_tuning(row.length, start=row.start)
 
 
-def examples(task: Reviews, count: int, seed: int) -> list[int]:
+def examples(task: sentiment.Task, count: int, seed: int) -> list[int]:
     """The tokens of so many answered reviews, drawn from those that others train on."""
     drawn = np.random.default_rng(seed).permutation(len(task.train))[:count]
     shown = [task.train[i] for i in drawn]
@@ -114,7 +98,7 @@ def examples(task: Reviews, count: int, seed: int) -> list[int]:
     return list(task.model.tokenizer(text)["input_ids"])
 
 
-def run(task: Reviews, s: Laptop, row: Row, seed: int) -> Outcome:
+def run(task: sentiment.Task, s: Laptop, row: Row, seed: int) -> Outcome:
     if row.kind == "probe":
         return probe(task, s, seed)
     model, key = task.model, jax.random.key(seed)
@@ -141,7 +125,7 @@ def run(task: Reviews, s: Laptop, row: Row, seed: int) -> Outcome:
     return Outcome(metrics, count.trainable, count.trainable + count.frozen, cost, evaluated)
 
 
-def probe(task: Reviews, s: Laptop, seed: int) -> Outcome:
+def probe(task: sentiment.Task, s: Laptop, seed: int) -> Outcome:
     """Logistic regression on the frozen features of the last token.  Its loss is over the two answers alone."""
     begin = time.perf_counter()
     (x, labels), (held, wanted) = (features(task, s, part) for part in (task.train, task.held_out))
@@ -174,7 +158,7 @@ def probe(task: Reviews, s: Laptop, seed: int) -> Outcome:
 
 
 def features(
-    task: Reviews, s: Laptop, reviews: list[sentiment.Example], size: int = 24
+    task: sentiment.Task, s: Laptop, reviews: list[sentiment.Example], size: int = 24
 ) -> tuple[np.ndarray, np.ndarray]:
     """Each prompt's features at its last token, and its answer."""
     rows = []
@@ -213,7 +197,7 @@ LAPTOP = Profile(
     metrics=(Metric("accuracy", "accuracy, %", 1), Metric("loss", "loss, nats", 3)),
     speed=Speed(350, 900, "recorded on two CPU cores"),
     places=places,
-    load=load,
+    load=sentiment.prepare,
     run=run,
 )
 

@@ -7,7 +7,9 @@ Snippets of movie reviews with a mean human rating of more than 0.5 either way; 
 `` negative``, and the loss is its cross entropy over the whole vocabulary.
 """
 
+import dataclasses
 import functools
+import hashlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -16,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from experiments.data import movie_reviews
-from peft_jax import Forward, Ports
+from experiments.data import movie_reviews, smollm2
+from peft_jax import Forward, Ports, models
+from peft_jax.models import Model
 from peft_jax.training.losses import inputs_of
 
 PROMPT = "Review: {text}\nSentiment:"
@@ -67,6 +70,35 @@ def collate(examples: list[Example], length: int, answers: np.ndarray) -> dict[s
         batch["targets"][row, n - 1] = answers[example.answer]
         batch["weights"][row, n - 1] = 1
     return batch
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Task:
+    """A model, and the reviews that every run of a table trains and is evaluated on."""
+
+    model: Model
+    train: list[Example]
+    held_out: list[Example]
+    answers: np.ndarray
+
+
+def prepare(s: Any, source: str | None, folder: str | None) -> Task:
+    """What a laptop table's runs share; `s` says the steps, the batch, the length and how many reviews are held out."""
+    if folder is not None:
+        raise ValueError("the laptop profile reads the reviews that `make data` fetches: leave --data out")
+    model = models.load(smollm2() if source is None else source, remat="dots")
+    train, held_out = load(model.tokenizer, s.length, s.held_out)
+    used = train[: s.steps * s.batch]
+    print(
+        f"reviews of at most {s.length} tokens in one fixed order: {len(held_out)} held out ({digest(held_out)}), then "
+        f"the first {len(used)} of {len(train)} to train on ({digest(used)}), the same for every run"
+    )
+    return Task(model, used, held_out, answer_ids(model.tokenizer))
+
+
+def digest(examples: list[Example]) -> str:
+    text = "\n".join(f"{example.answer}{example.text}" for example in examples)
+    return f"sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 class Batches(NamedTuple):

@@ -140,7 +140,7 @@ def test_a_laptop_run_learns_and_compiles_once(tmp_path):
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
     model = models.load(tmp_path)
-    task = lora_ablation.Reviews(model, examples[30:], examples[:30], np.array([5, 6], np.int32))
+    task = sentiment.Task(model, examples[30:], examples[:30], np.array([5, 6], np.int32))
     row = LAPTOP.rows["q4-v6"]
     first, second = (lora_ablation.run_reviews(task, s, row, seed) for seed in (0, 1))
     assert first.metrics["loss"] < math.log(64) - 0.2 and first.metrics != second.metrics

@@ -7,6 +7,7 @@ import pytest
 
 import peft_jax as pj
 from experiments import prompt_ablation as table
+from experiments import sentiment
 from experiments.harness import config_of, key_of
 
 
@@ -22,7 +23,7 @@ def test_the_laptop_profile_keeps_to_its_budget() -> None:
 
 def test_rows_do_what_their_names_say() -> None:
     s = dataclasses.replace(table.LAPTOP.settings, steps=2, held_out=24)
-    task = table.load(s, None, None)
+    task = sentiment.prepare(s, None, None)
     rows = table.LAPTOP.rows
     shown = table.examples(task, 4, seed=1)
     text = task.model.tokenizer.decode(shown)
@@ -43,4 +44,4 @@ def test_rows_do_what_their_names_say() -> None:
         assert (outcome.train.places, outcome.evaluate.places) == table.places(s, rows[name])
     assert ran["shots-4"].metrics["loss"] < ran["shots-0"].metrics["loss"]  # the examples show which words answer
     with pytest.raises(ValueError, match="leave --data out"):
-        table.load(s, None, "somewhere")
+        sentiment.prepare(s, None, "somewhere")
