@@ -211,7 +211,9 @@ def _tokenizer(folder: File) -> Any:
 def _download(name: str) -> File:
     """The local snapshot of a model on the Hub, fetched if need be: safetensors, JSON and text only."""
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) or name.endswith(".gguf"):
-        raise FileNotFoundError(f"{name} is not there")
+        raise FileNotFoundError(
+            f"{name} is not there: give the path of a GGUF file or of a Hugging Face directory, or a name on the Hub"
+        )
     import huggingface_hub  # loaded when it is needed: nothing else here touches the network
 
     try:
