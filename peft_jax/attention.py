@@ -25,6 +25,7 @@ class Visible:
     query_segments, key_segments   int32 [batch, …] or None; segment 0 is padding, which nobody sees; a key of the
                 segment EVERYWHERE is seen from all of them
     window      how many keys a query reaches back over, itself included; None for all
+    bias        fp32 [batch or 1, heads, time, keys], added to the scores; None for none
     plain       the orders are 0, 1, 2, … on both sides and there are no segments: a kernel's causal flag is enough
     """
 
@@ -33,6 +34,7 @@ class Visible:
     query_segments: Any = None
     key_segments: Any = None
     window: Any = None
+    bias: Any = None
     causal: bool = dataclasses.field(default=True, metadata={"static": True})
     plain: bool = dataclasses.field(default=False, metadata={"static": True})
 
@@ -58,10 +60,11 @@ def dot_product_attention(
     """Full attention: cuDNN's on a GPU in half precision, `plain_attention` elsewhere.
 
     cuDNN takes the causal flag and a static window where the rows are plain, a dense mask where they are padded or
-    packed.  What it would refuse is computed plainly: heads that are wide or no multiple of 8, masks of an odd length.
+    packed.  What it would refuse is computed plainly: heads that are wide or no multiple of 8, masks of an odd length;
+    so is a bias, whose gradient it does not always have.
     """
     flagged = visible.plain and (visible.window is None or (visible.causal and isinstance(visible.window, int)))
-    if not _fits_cudnn(query, key, flagged):
+    if visible.bias is not None or not _fits_cudnn(query, key, flagged):
         return plain_attention(query, key, value, visible, scale)
     if flagged:
         window = None if visible.window is None else (visible.window - 1, 0)
@@ -92,7 +95,7 @@ def plain_attention(
     visible: Visible,
     scale: float,
 ) -> Float[Array, "batch time heads dim"]:
-    """``softmax(scale · q kᵀ) v``, scores and softmax in fp32; a query that sees nothing gives the mean of all values.
+    """``softmax(scale · q kᵀ + bias) v``, scores and softmax in fp32; a query that sees nothing gives the mean of all.
 
     The queries that share a key head are rows of one matrix, so that each product is as large as it can be and needs
     no transpose: on a CPU a third less time than `jax.nn.dot_product_attention`, forward and backward.
@@ -104,6 +107,8 @@ def plain_attention(
     key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
     scores = jnp.einsum("bkid,bkjd->bkij", rows, key, preferred_element_type=jnp.float32)
     scores = scores.reshape(batch, kv_heads, group, time, -1)
+    if visible.bias is not None:
+        scores += visible.bias.reshape(-1, kv_heads, group, time, scores.shape[-1])
     scores = jnp.where(visible.mask()[:, :, None], scores, 0.7 * jnp.finfo(jnp.float32).min)
     shares = jax.nn.softmax(scores, axis=-1).astype(value.dtype).reshape(batch, kv_heads, group * time, -1)
     y = jnp.einsum("bkij,bkjd->bkid", shares, value)

@@ -30,7 +30,10 @@ class Inputs:
     positions   int32 [batch, time]; by default each row counts its real tokens from 0
     segments    int32 [batch, time], 0 at padding: tokens of different segments do not see each other (packing)
     types       int32 [batch, time], which of two texts a token belongs to (BERT); by default all to the first
-    decoder_tokens   int32 [batch, time] for encoder-decoder models
+    infix       int32 [batch], the real token of each row before which a prefix's rows stand, counted from 0; by
+                default the first.  Earlier tokens keep their positions and, in a causal model, do not see the rows
+    decoder_tokens, decoder_mask   as `tokens` and `mask`, of what an encoder-decoder model writes: its outputs are
+                these tokens', and the ones above are its source
     cache       a model's key-value cache; with one, a call gives ``(outputs, cache)``
     """
 
@@ -39,7 +42,9 @@ class Inputs:
     positions: Any = None
     segments: Any = None
     types: Any = None
+    infix: Any = None
     decoder_tokens: Any = None
+    decoder_mask: Any = None
     cache: Any = None
 
 
@@ -48,8 +53,9 @@ class Inputs:
 class Ports:
     """What a model lets a method touch beside its weights; all optional.
 
-    prompt      [p, d] soft tokens, or [batch, p, d]
-    prefix      (keys, values) of every layer, [layers, l, heads, dim], or [layers, batch, l, heads, dim]
+    prompt      [p, d] soft tokens, or [batch, p, d]; an encoder-decoder model's stand before its source
+    prefix      (keys, values) of every layer, [layers, l, heads, dim], or [layers, batch, l, heads, dim]; of an
+                encoder-decoder model a dict of them, by the names of `Spec.attentions`
     attend      the attention function: a module-level function or a frozen dataclass (static: it is compiled in)
     step_key    one key for a whole optimiser step, the same on every micro-batch and device
     micro_key   a fresh key for each micro-batch; its presence turns dropout on
@@ -79,6 +85,10 @@ class Spec:
     that reuse an embedding's table, each with that embedding: ``("lm_head", "model.embed_tokens")``.  `embedding` is
     where the tokens' embedding lies; `positions` is what is left of them for real tokens; `labels` is how many a head
     chooses from, 0 where it chooses from the vocabulary.
+
+    An encoder-decoder model has `start`, the tokens that its decoder begins with, `decoder_positions`, and
+    `attentions`: (layers, kv_heads, head_dim) of its ``encoder``, its ``decoder`` and its ``cross`` attention, from the
+    decoder to the source.
     """
 
     width: int = 0
@@ -88,7 +98,10 @@ class Spec:
     head_dim: int = 0
     vocab: int = 0
     positions: int = 0
+    decoder_positions: int = 0
     labels: int = 0
+    start: tuple[int, ...] = ()
+    attentions: tuple[tuple[str, tuple[int, int, int]], ...] = ()
     ports: frozenset[str] = frozenset()
     names: Callable[[Path], tuple[str, ...]] = dotted
     stacked: Callable[[Path], bool] = lambda path: False
@@ -115,7 +128,7 @@ class Forward:
 
     def __call__(self, params: Params, inputs: Any, ports: Ports = Ports()) -> Any:
         inputs = as_inputs(inputs)
-        check_tokens(inputs.tokens, self.spec)
+        check_inputs(inputs, self.spec)
         out = self.features(params, inputs, ports)
         if inputs.cache is None:
             return self.head(params, out, ports)
@@ -138,6 +151,21 @@ class Forward:
 
 def as_inputs(inputs: Any) -> Inputs:
     return inputs if isinstance(inputs, Inputs) else Inputs(tokens=jnp.asarray(inputs))
+
+
+def check_inputs(inputs: Inputs, spec: Spec) -> None:
+    """Raises on a sequence longer than the model's positions and, outside jit, on ids beyond the vocabulary; on an
+    encoder-decoder model without tokens for its decoder, and on another model with them."""
+    if spec.attentions and inputs.decoder_tokens is None:
+        raise ValueError(
+            "an encoder-decoder model needs Inputs(tokens, decoder_tokens=...): a source, and what it writes"
+        )
+    if spec.vocab and not spec.attentions and inputs.decoder_tokens is not None:
+        raise ValueError("this is no encoder-decoder model, which could read decoder_tokens: give it tokens alone")
+    if inputs.tokens is not None:
+        check_tokens(inputs.tokens, spec)
+    if inputs.decoder_tokens is not None:
+        check_tokens(inputs.decoder_tokens, dataclasses.replace(spec, positions=spec.decoder_positions))
 
 
 def check_tokens(tokens: Any, spec: Spec) -> None:

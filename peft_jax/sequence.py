@@ -3,7 +3,8 @@
 Two ports put rows there.  A `prompt` is soft tokens, which run through the layers as the others do; a `prefix` is keys
 and values alone, of which no query is computed.  Keys lie in the order prefix, prompt, tokens; positions count through
 all three, so that real tokens start behind what was put there.  With a cache both are written by the call that starts
-it, in rows that the cache gains for them, and later calls find them there.
+it, in rows that the cache gains for them, and later calls find them there.  `Inputs.infix` has a prefix stand between
+two tokens: its keys lie where they did, and positions and sight are those of the place between.
 """
 
 import dataclasses
@@ -56,12 +57,15 @@ class Cache:
         keys, values = jnp.take(self.keys, rows, axis=1), jnp.take(self.values, rows, axis=1)
         return dataclasses.replace(self, keys=keys, values=values, segments=jnp.take(self.segments, rows, axis=0))
 
+    reorder = take  # within the beams of a row
+
 
 class Sequence(NamedTuple):
-    """What a decoder's layers run over.
+    """What a model's layers run over.
 
     x           the embedded tokens behind the prompt, if there is one ``[batch, prompt + time, width]``
     positions   int32 ``[batch, prompt + time]``
+    key_positions   int32 ``[batch or 1, keys]``: those of everything that is seen
     visible     who sees whom
     prefix      (keys, values) of every layer, ``[layers, (batch,) l, kv_heads, dim]``, or None
     cache       with the new rows' segments written (the layers write their keys), or None
@@ -69,6 +73,7 @@ class Sequence(NamedTuple):
 
     x: Array
     positions: Array
+    key_positions: Array
     visible: Visible
     prefix: Any
     cache: Cache | None
@@ -92,19 +97,26 @@ def arrange(inputs: Inputs, x: Float[Array, "batch time width"], ports: Ports, c
     prompt, prefix = (None, None) if started else (ports.prompt, ports.prefix)
     before = 0 if prefix is None else prefix[0].shape[-3]
     soft = 0 if prompt is None else prompt.shape[-2]
+    infix = None if prefix is None else inputs.infix
     segments = _segments(inputs)
+    own = jnp.arange(before + soft, dtype=jnp.int32)  # the positions of what is put there
+    alike = segments is None and inputs.positions is None and infix is None  # in all rows
     if inputs.positions is not None:
         positions = inputs.positions + (cache.before if started else before + soft)
+    elif started:
+        positions = _positions(inputs, segments) + jnp.sum(cache.segments != 0, 1, dtype=jnp.int32)[:, None]
+    elif infix is None:
+        positions = _positions(inputs, segments) + before + soft
     else:
-        held = jnp.sum(cache.segments != 0, 1, dtype=jnp.int32)[:, None] if started else before + soft
-        positions = _positions(inputs, segments) + held
+        own, positions = _around(infix, _positions(inputs, segments), before, soft, inputs)
     if cache is not None:
         segments = jnp.ones((batch, time), jnp.int32) if segments is None else segments
+    own = jnp.broadcast_to(own, (batch, before + soft))
+    key_positions = jnp.concatenate([own, positions], 1)[: 1 if alike else batch]
     if prompt is not None:
         rows = jnp.broadcast_to(prompt, (batch, *prompt.shape[-2:]))
         x = jnp.concatenate([rows.astype(x.dtype), x], 1)
-        own = jnp.broadcast_to(before + jnp.arange(soft, dtype=jnp.int32), (batch, soft))
-        positions = jnp.concatenate([own, positions], 1)
+        positions = jnp.concatenate([own[:, before:], positions], 1)
     # Packed segments share what comes before them; an encoder's prompt is one of the row's own tokens.
     everywhere = 1 if inputs.segments is None else EVERYWHERE
     if prompt is not None and inputs.segments is not None and not causal:
@@ -116,15 +128,40 @@ def arrange(inputs: Inputs, x: Float[Array, "batch time width"], ports: Ports, c
     keys: Any = None if segments is None else jnp.concatenate([put(before), put(soft), segments], 1)
     order = jnp.arange(soft + time, dtype=jnp.int32)[None] + before
     if cache is None:
-        all_keys = jnp.arange(before + soft + time, dtype=jnp.int32)[None]
-        visible = Visible(order, all_keys, queries, keys, None, causal, plain=segments is None and not before)
-        return Sequence(x, positions, visible, prefix, None, (before, soft))
+        slots = jnp.arange(before + soft + time, dtype=jnp.int32)[None]
+        if infix is not None:
+            slots = _infixed(slots, positions[:, soft:], own, before, before + soft)
+        visible = Visible(order, slots, queries, keys, None, causal=causal, plain=segments is None and not before)
+        return Sequence(x, positions, key_positions, visible, prefix, None, (before, soft))
     if not started:
         cache = cache.start(before + soft)
     seen = jax.lax.dynamic_update_slice(cache.segments, keys, (0, cache.filled))
     slots = jnp.arange(seen.shape[1], dtype=jnp.int32)[None]
-    visible = Visible(cache.filled + order, slots, queries, seen, None, causal)
-    return Sequence(x, positions, visible, prefix, dataclasses.replace(cache, segments=seen), (before, soft))
+    key_positions = jnp.cumsum(seen != 0, 1, dtype=jnp.int32) - 1  # without an infix, the positions that were given out
+    if infix is not None:
+        slots = _infixed(slots, positions[:, soft:], own, before, before + soft)
+    visible = Visible(cache.filled + order, slots, queries, seen, None, causal=causal)
+    cache = dataclasses.replace(cache, segments=seen)
+    return Sequence(x, positions, key_positions, visible, prefix, cache, (before, soft))
+
+
+def _around(infix: Array, positions: Array, before: int, soft: int, inputs: Inputs) -> tuple[Array, Array]:
+    """The positions of what is put there and of the tokens, where a prefix of `before` rows stands between tokens."""
+    if inputs.segments is not None:
+        raise ValueError("packed rows hold several texts and infix names one place a row: pad them instead")
+    rows = infix[:, None] + soft + jnp.arange(before, dtype=jnp.int32)[None]
+    front = jnp.broadcast_to(jnp.arange(soft, dtype=jnp.int32), (len(infix), soft))
+    tokens = positions + soft + jnp.where(positions >= infix[:, None], before, 0)
+    return jnp.concatenate([rows, front], 1), tokens
+
+
+def _infixed(slots: Array, positions: Array, own: Array, before: int, first: int) -> Array:
+    """The order of the keys where the prefix's rows come right before the first token behind them."""
+    batch, time = positions.shape
+    behind = positions > own[:, before - 1 : before]
+    token = jnp.where(jnp.any(behind, axis=1), jnp.argmax(behind, axis=1).astype(jnp.int32), time) + first
+    rows = jnp.broadcast_to(token[:, None], (batch, before))
+    return jnp.concatenate([rows, jnp.broadcast_to(slots[:, before:], (batch, slots.shape[1] - before))], 1)
 
 
 def _segments(inputs: Inputs) -> Any:

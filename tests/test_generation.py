@@ -187,7 +187,7 @@ def test_prefill_computes_one_position_of_logits(model: Any) -> None:
     tokens, mask = np.full((2, 16), 5, np.int32), np.ones((2, 16), bool)
     ends, pad = jnp.zeros((0,), jnp.int32), jnp.int32(0)
     trace = jax.make_jaxpr(
-        lambda params: decoding.write(forward, params, tokens, mask, ends, pad, gpt2.Ports(), 4, None)
+        lambda params: decoding.write(forward, params, Inputs(tokens, mask=mask), ends, pad, gpt2.Ports(), 4, None)
     )
     program = str(trace(params))
     assert f"f32[2,1,{VOCAB}]" in program and f"f32[2,16,{VOCAB}]" not in program

@@ -1,5 +1,6 @@
 """Prompt tuning, prefix tuning and P-tuning v2: against HF PEFT on torch, real text in their place, and each other."""
 
+import dataclasses
 import warnings
 from pathlib import Path
 from typing import Any
@@ -243,6 +244,45 @@ def test_generating_equals_the_whole_forward(name: str, kind: str) -> None:
     beams = np.asarray(models.generate_tokens(forward, params, tokens, mask, max_new_tokens=4, beams=2))
     one = np.asarray(models.generate_tokens(forward, params, tokens[1:, 3:], max_new_tokens=4, beams=2))
     np.testing.assert_array_equal(beams[1:], one)
+
+
+# -- between tokens ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_an_infix_stands_between_the_tokens(name: str) -> None:
+    """Against a cache in which the rows were put by hand, behind the tokens before them."""
+    params, forward = made(name, METHODS["prefix"])
+    plain, leaf, place = base(name), params["ports"]["prefix_tuning"], np.array([5, 3])
+    whole = run(forward, params, TOKENS, infix=place)
+    for row, n in enumerate(place):
+        cache = plain.forward.spec.cache(1, 9 + 4)
+        first, cache = plain.forward(plain.params, Inputs(jnp.asarray(TOKENS[row : row + 1, :n]), cache=cache))
+        keys, values = (
+            x.at[:, 0, n : n + 4].set(y) for x, y in zip((cache.keys, cache.values), leaf.rows(), strict=True)
+        )
+        held = cache.segments.at[:, n : n + 4].set(1)
+        cache = dataclasses.replace(cache, keys=keys, values=values, segments=held, filled=cache.filled + 4)
+        rest, _ = plain.forward(plain.params, Inputs(jnp.asarray(TOKENS[row : row + 1, n:]), cache=cache))
+        np.testing.assert_allclose(whole[row], np.concatenate([first[0], rest[0]]), atol=1e-4)
+    assert differs(whole[:, 5:], unmerged(forward, params)[:, 5:], 1e-2)
+    close(run(forward, params, TOKENS, infix=np.zeros(2, int)), unmerged(forward, params), atol=1e-5)
+    close(run(forward, params, TOKENS, infix=np.array([9, 9])), unmerged(plain.forward, plain.params), atol=1e-5)
+    left = run(forward, params, np.where(MASK[:, ::-1], np.roll(TOKENS, 3, 1), 0), mask=MASK[:, ::-1], infix=place)
+    right = run(forward, params, TOKENS, mask=MASK, infix=place)
+    close(left[1, 3:], right[1, :6], atol=1e-5)
+
+    tokens, mask = np.where(MASK[:, ::-1], TOKENS, 0), MASK[:, ::-1]
+    last = mask.sum(1) - 1
+    found = np.asarray(models.generate_tokens(forward, params, tokens, mask, max_new_tokens=4, infix=last))
+    for row, real, n, written in zip(tokens, mask, last, found, strict=True):
+        text = list(row[real])
+        for token in written:
+            assert run(forward, params, np.array([text]), infix=np.array([n]))[0, -1].argmax() == token
+            text.append(token)
+    packed = {"segments": np.ones(TOKENS.shape, int), "infix": place}
+    with pytest.raises(ValueError, match="packed rows hold several texts and infix names one place a row"):
+        run(forward, params, TOKENS, **packed)
 
 
 # -- together ---------------------------------------------------------------------------------------------------------

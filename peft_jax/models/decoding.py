@@ -85,20 +85,23 @@ def _is_end(tokens: Int[Array, "..."], ends: Int[Array, "n"]) -> Bool[Array, "..
 
 
 def prefill(
-    forward: Forward, params: Params, tokens: Array, mask: Array, ports: Ports, new: int
+    forward: Forward, params: Params, inputs: Inputs, ports: Ports, new: int
 ) -> tuple[Float[Array, "batch vocab"], Any]:
     """The logits after the prompt, and a cache with room for the new tokens."""
     assert forward.spec.cache is not None
-    dtype = jax.eval_shape(forward.features, params, Inputs(tokens), ports).dtype
-    cache = forward.spec.cache(tokens.shape[0], tokens.shape[1] + new - 1, dtype)  # the last one is not read again
-    features, cache = forward.features(params, Inputs(tokens, mask=mask, cache=cache), ports)
+    dtype = jax.eval_shape(forward.features, params, inputs, ports).dtype
+    given = inputs.tokens if inputs.decoder_tokens is None else inputs.decoder_tokens
+    cache = forward.spec.cache(given.shape[0], given.shape[1] + new - 1, dtype)  # the last one is not read again
+    features, cache = forward.features(params, dataclasses.replace(inputs, cache=cache), ports)
     return forward.head(params, features[:, -1:], ports)[:, -1].astype(jnp.float32), cache
 
 
 def step(
     forward: Forward, params: Params, tokens: Int[Array, "batch"], cache: Any, ports: Ports
 ) -> tuple[Float[Array, "batch vocab"], Any]:
-    logits, cache = forward(params, Inputs(tokens[:, None], cache=cache), ports)
+    new = tokens[:, None]
+    inputs = Inputs(None, decoder_tokens=new, cache=cache) if forward.spec.attentions else Inputs(new, cache=cache)
+    logits, cache = forward(params, inputs, ports)
     return logits[:, -1].astype(jnp.float32), cache
 
 
@@ -106,8 +109,7 @@ def step(
 def write(
     forward: Forward,
     params: Params,
-    tokens: Array,
-    mask: Array,
+    inputs: Inputs,
     ends: Array,
     pad: Array,
     ports: Ports,
@@ -115,9 +117,9 @@ def write(
     sampling: Sampling | None,
 ) -> Int[Array, "batch new"]:
     """One token at a time."""
-    logits, cache = prefill(forward, params, tokens, mask, ports, new)
+    logits, cache = prefill(forward, params, inputs, ports, new)
     token = choose(logits, sampling, 0)
-    written = jnp.full((tokens.shape[0], new), pad).at[:, 0].set(token)
+    written = jnp.full((logits.shape[0], new), pad).at[:, 0].set(token)
 
     def unfinished(state: Any) -> Array:
         number, _, ended, _, _ = state
@@ -204,8 +206,7 @@ def _extend(beams: Beams, logits: Array, ends: Array, penalty: Array) -> tuple[B
 def search(
     forward: Forward,
     params: Params,
-    tokens: Array,
-    mask: Array,
+    inputs: Inputs,
     ends: Array,
     pad: Array,
     ports: Ports,
@@ -214,8 +215,8 @@ def search(
     width: int,
 ) -> Int[Array, "batch new"]:
     """Beam search, as in transformers' generation/utils.py `_beam_search` with early_stopping=False."""
-    batch = tokens.shape[0]
-    logits, cache = prefill(forward, params, tokens, mask, ports, new)
+    logits, cache = prefill(forward, params, inputs, ports, new)
+    batch = logits.shape[0]
     ports = _repeat(ports, width)
     blank, never = jnp.full((batch, width, new), pad), jnp.full((batch, width), NEVER)
     first = never.at[:, 0].set(0.0)  # all beams are alike at first: only one may be continued
@@ -233,7 +234,7 @@ def search(
         beams, cache = state
         logits, cache = step(forward, params, beams.open[:, :, beams.number - 1].reshape(-1), cache, ports)
         beams, source = _extend(beams, logits, ends, penalty)
-        return beams, cache.take((source + offset).reshape(-1))
+        return beams, cache.reorder((source + offset).reshape(-1))
 
     beams, _ = jax.lax.while_loop(unfinished, body, (beams, cache))
     return beams.done[:, 0]

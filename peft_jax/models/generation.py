@@ -1,4 +1,4 @@
-"""Text from a causal language model: greedy, sampled, or by beam search, with a key-value cache.
+"""Text from a language model: greedy, sampled, or by beam search, with a key-value cache.
 
 `generate_tokens` is one compiled program: the prompt in one pass, of which only the last logits are computed, then a
 `while_loop` that carries the cache and ends when every row has ended.  Weights, temperature, top_k, top_p, the length
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from peft_jax.core import Forward, Params, Ports, check_tokens
+from peft_jax.core import Forward, Inputs, Params, Ports, check_tokens
 from peft_jax.models.decoding import Sampling, search, write
 
 SHORTEST = 16  # the smallest length that prompts are padded to
@@ -39,9 +39,10 @@ def generate(
     length_penalty: float = 1.0,
     key: Array | None = None,
     stop: str | int | Sequence[str | int] = (),
+    infix: Any = None,
     ports: Ports = Ports(),  # noqa: B008 (frozen)
 ) -> str | list[str]:
-    """What the model writes after each prompt, without the prompt.
+    """What the model writes after each prompt, without the prompt; of an encoder-decoder model, of each source.
 
     Args:
         forward, params: the model; a model that methods have wrapped is given as it is.
@@ -49,7 +50,7 @@ def generate(
         prompts: a text, or a chat (a list of ``{"role": …, "content": …}``, laid out by the tokenizer's own template),
             or a list of either.
         stop: further token ids that end a text, and strings: the text is cut before the first of them.
-        max_new_tokens, temperature, top_k, top_p, beams, length_penalty, key, ports: as in `generate_tokens`.
+        max_new_tokens, temperature, top_k, top_p, beams, length_penalty, key, infix, ports: as in `generate_tokens`.
 
     Returns:
         A text for a single prompt, a list for a list.
@@ -81,12 +82,13 @@ def generate(
         beams=beams,
         length_penalty=length_penalty,
         key=key,
+        infix=infix,
         ports=ports,
     )
     texts = []
     for row, new in zip(rows, np.asarray(written).tolist(), strict=True):
         new = [token for token in new if token >= 0 and token not in ends]
-        text = _continuation(tokenizer, row, new)
+        text = _continuation(tokenizer, [] if forward.spec.attentions else row, new)
         cuts = [text.find(s) for s in stops if isinstance(s, str) and s in text]
         texts.append(text[: min(cuts)] if cuts else text)
     return texts[0] if single else texts
@@ -136,14 +138,16 @@ def generate_tokens(
     beams: int = 1,
     length_penalty: float = 1.0,
     key: Array | None = None,
+    infix: Any = None,
+    decoder_tokens: Any = None,
     ports: Ports = Ports(),  # noqa: B008 (frozen)
 ) -> Int[Array, "batch new"]:
     """The new tokens of each row, the eos token included, `pad_id` behind it.
 
     Args:
         forward, params: the model; a model that methods have wrapped is given as it is.
-        tokens: the prompts, int32 [batch, time].
-        mask: bool [batch, time], False at padding, which must be on the left.
+        tokens: the prompts, int32 [batch, time]; of an encoder-decoder model, the sources.
+        mask: bool [batch, time], False at padding, which must be on the left of a prompt, on any side of a source.
         max_new_tokens: how many tokens to write at most.
         eos_id: the token, or tokens, that end a row.
         temperature: 0 takes the most probable token; otherwise tokens are drawn from softmax(logits / temperature).
@@ -151,6 +155,8 @@ def generate_tokens(
         beams: how many hypotheses beam search follows; 1 is no search.
         length_penalty: a finished hypothesis scores log p / length^penalty, of the tokens it has written.
         key: the randomness of the draws.  A row's draws depend on its number, not on the rows beside it.
+        infix: as in `Inputs`, int [batch]: before which token of each prompt a prefix stands; by default the first.
+        decoder_tokens: what an encoder-decoder model's texts begin with, int [batch, n]; by default its spec's `start`.
         ports: what the model is given beside its weights.
 
     Raises:
@@ -164,9 +170,16 @@ def generate_tokens(
     tokens = np.asarray(tokens, np.int32)
     mask = np.ones(tokens.shape, bool) if mask is None else np.asarray(mask, bool)
     tokens = np.where(mask, tokens, 0)
-    _check_prompts(forward, tokens, mask, max_new_tokens)
+    begin = None
+    if forward.spec.attentions:
+        begin = np.array([forward.spec.start] * len(tokens) if decoder_tokens is None else decoder_tokens, np.int32)
+        _check_sources(forward, tokens, mask, begin, max_new_tokens)
+    else:
+        _check_prompts(forward, tokens, mask, max_new_tokens)
+    place = None if infix is None else np.asarray(infix, np.int32)
+    inputs = Inputs(tokens, mask=mask, infix=place, decoder_tokens=begin)
     ends = () if eos_id is None else np.ravel(eos_id)
-    common = (forward, params, tokens, mask, jnp.asarray(ends, jnp.int32), jnp.int32(pad_id), ports, max_new_tokens)
+    common = (forward, params, inputs, jnp.asarray(ends, jnp.int32), jnp.int32(pad_id), ports, max_new_tokens)
     if beams > 1:
         return search(*common, jnp.float32(length_penalty), beams)
     if temperature == 0:
@@ -195,12 +208,32 @@ def _check_options(new: int, temperature: float, top_k: Any, top_p: Any, beams: 
         raise ValueError("beam search does not draw: give beams= or temperature=, not both")
 
 
-def _check_prompts(forward: Forward, tokens: np.ndarray, mask: np.ndarray, new: int) -> None:
-    spec = forward.spec
-    if spec.cache is None:
+def _check_rows(forward: Forward, mask: np.ndarray, kind: str) -> None:
+    if forward.spec.cache is None:
         raise ValueError("this forward function keeps no key-value cache (spec.cache), so it cannot generate")
     if not mask.any(axis=1).all():
-        raise ValueError(f"prompt {int(np.argmin(mask.any(axis=1)))} is empty: give it a token to start from")
+        raise ValueError(f"{kind} {int(np.argmin(mask.any(axis=1)))} is empty: give it a token to start from")
+
+
+def _check_sources(forward: Forward, tokens: np.ndarray, mask: np.ndarray, begin: np.ndarray, new: int) -> None:
+    _check_rows(forward, mask, "source")
+    spec, longest = forward.spec, int(mask.sum(axis=1).max())
+    if spec.positions and longest > spec.positions:
+        raise ValueError(f"a source of {longest} tokens exceeds the encoder's {spec.positions} positions: shorten it")
+    if begin.ndim != 2 or len(begin) != len(tokens) or not begin.size:
+        raise ValueError(f"decoder_tokens {begin.shape} are to be one or more for each of the {len(tokens)} sources")
+    if spec.decoder_positions and begin.shape[1] + new > spec.decoder_positions:
+        raise ValueError(
+            f"{begin.shape[1]} first tokens and {new} new ones exceed the decoder's {spec.decoder_positions} "
+            "positions: lower max_new_tokens"
+        )
+    for ids in (tokens, begin):
+        check_tokens(ids, dataclasses.replace(spec, positions=0))  # padding does not count as positions
+
+
+def _check_prompts(forward: Forward, tokens: np.ndarray, mask: np.ndarray, new: int) -> None:
+    spec = forward.spec
+    _check_rows(forward, mask, "prompt")
     if not (mask[:, -1].all() and (np.diff(mask.astype(np.int8), axis=1) >= 0).all()):
         raise ValueError("prompts are padded on the left, so that all end together; this mask has padding elsewhere")
     longest = int(mask.sum(axis=1).max())

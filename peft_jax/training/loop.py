@@ -1,5 +1,6 @@
 """The training loop: progress, metrics, evaluation, checkpoints and exact resume around `peft_jax.training.step`."""
 
+import dataclasses
 import functools
 import inspect
 import math
@@ -221,6 +222,8 @@ def check_batch(batch: Any, spec: Spec, index: int) -> int:
     try:
         if "tokens" in host:
             check_tokens(host["tokens"], spec)
+        if "decoder_tokens" in host:
+            check_tokens(host["decoder_tokens"], dataclasses.replace(spec, positions=spec.decoder_positions))
         if "targets" in host and "weights" in host and host["targets"].shape == host["weights"].shape:
             check_targets(np.where(host["weights"] == 0, 0, host["targets"]), spec)
         if "labels" in host:
@@ -236,7 +239,7 @@ def check_batch(batch: Any, spec: Spec, index: int) -> int:
 def check_targets(targets: np.ndarray, spec: Spec) -> None:
     """Raises on targets that are none of the head's labels, or tokens outside the vocabulary of one without labels."""
     if not spec.labels:
-        check_tokens(targets, spec)
+        check_tokens(targets, dataclasses.replace(spec, positions=0))
     elif targets.size and not 0 <= targets.min() <= targets.max() < spec.labels:
         wrong = targets.min() if targets.min() < 0 else targets.max()
         raise ValueError(f"label {wrong} is none of the head's {spec.labels}, which count from 0")

@@ -4,6 +4,7 @@ A loss has the signature ``loss(forward, params, batch, ports) -> (loss_sum, wei
 ratio over all micro-batches of a step, which makes gradient accumulation exact however a batch is split.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -20,9 +21,9 @@ Loss = Callable[[Forward, Params, Batch, Ports], tuple[Array, Array]]
 
 
 def inputs_of(batch: Batch) -> Inputs:
-    """What the model reads of a batch: tokens, and mask, positions and segments where the batch has them."""
-    names = ("tokens", "mask", "positions", "segments", "types", "decoder_tokens")
-    return Inputs(**{name: jnp.asarray(batch[name]) for name in names if name in batch})
+    """What the model reads of a batch: tokens, and the other fields of `Inputs` that the batch has."""
+    names = [field.name for field in dataclasses.fields(Inputs) if field.name in batch]
+    return Inputs(**{name: jnp.asarray(batch[name]) for name in names})
 
 
 def next_token(
