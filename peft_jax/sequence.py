@@ -181,24 +181,33 @@ def _positions(inputs: Inputs, segments: Any) -> Int[Array, "batch time"]:
     return order if segments is None else jnp.maximum(jnp.cumsum(segments, 1) - 1, 0)
 
 
+def across(time: int, before: int, source: Any, rows: int) -> Visible:
+    """Sight of a source, behind `before` rows of a prefix, from `time` tokens: of all its `rows`, or of those whose
+    segment in `source` ``[batch, rows]`` is not 0."""
+    keys = None if source is None else jnp.pad(source, ((0, 0), (before, 0)), constant_values=1)
+    queries = None if source is None else jnp.ones((len(source), time), jnp.int32)
+    order = jnp.zeros((1, time), jnp.int32)
+    return Visible(order, jnp.zeros((1, before + rows), jnp.int32), queries, keys, causal=False, plain=source is None)
+
+
 def layer_attention(
     attend: Callable[..., Array],
     query: Float[Array, "batch time heads dim"],
-    key: Float[Array, "batch time kv_heads dim"],
-    value: Float[Array, "batch time kv_heads dim"],
+    key: Float[Array, "batch keys kv_heads dim"] | None,
+    value: Float[Array, "batch keys kv_heads dim"] | None,
     visible: Visible,
     scale: float,
     prefix: Any,
     cache: Cache | None,
     layer: Array | None,
 ) -> tuple[Float[Array, "batch time heads dim"], Cache | None]:
-    """Attention over the layer's prefix and the new tokens, or, with a cache, over all that it holds once this layer's
-    rows are written."""
-    if prefix is not None:
+    """Attention over the layer's prefix and the new keys, or, with a cache, over all that it holds once this layer's
+    rows are written.  Without new keys, over what the cache holds already: a source, read by an earlier call."""
+    if prefix is not None and key is not None and value is not None:
         key, value = _behind(prefix[0], key), _behind(prefix[1], value)
     if cache is not None:
         assert layer is not None
-        cache = cache.write(layer, key, value)
+        cache = cache if key is None or value is None else cache.write(layer, key, value)
         key, value = cache.keys[layer].astype(query.dtype), cache.values[layer].astype(query.dtype)
     return attend(query, key, value, visible, scale), cache
 

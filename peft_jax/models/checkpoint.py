@@ -25,6 +25,8 @@ Index = tuple[slice, ...]  # a region of an array, each slice with its start and
 BLOCK = 64 << 20  # bytes of a source that are read, converted and transposed at a time
 
 # Buffers that old checkpoints carry and no model needs: they are computed from the config.
+# What may repeat an embedding, and what may be there if it is zero: older encoder-decoder models store both.
+COPY, ZERO = re.compile(r"^lm_head\.weight$|\.embed_tokens\.weight$"), re.compile(r"^final_logits_bias$")
 HARMLESS = re.compile(r"rotary_emb\.inv_freq$|(^|\.)attn\.(masked_)?bias$|embeddings\.position_ids$")
 
 
@@ -145,7 +147,7 @@ def plan(params: Params, tensors: Sequence[Tensor], layers: int, scan: bool) -> 
     """
     tree, made = leaves(params), Plan({}, {}, {})
     for tensor in tensors:
-        for layer in range(layers) if tensor.layered else (0,):
+        for layer in range(tensor.layers or layers) if tensor.layered else (0,):
             source, start, parts = tensor.source.format(layer=layer), 0, []
             for path in tensor.paths:
                 where = unrolled(path, layer) if tensor.layered and not scan else tuple(path.split("/"))
@@ -188,20 +190,22 @@ def locate(reader: Reader, shapes: Mapping[str, tuple[int, ...]], unused: str = 
     for name in sorted(stored - set(found.values())):
         if unused and re.search(unused, name):
             continue
-        if not HARMLESS.search(name) and not (name == "lm_head.weight" and _is_tied(reader, found.values())):
+        if ZERO.search(name) and not np.any(reader.read(name, tuple(slice(0, n) for n in reader.shape(name)))):
+            continue
+        if not HARMLESS.search(name) and not (COPY.search(name) and _is_copy(reader, name, found.values())):
             raise ValueError(
                 f"{reader.source} holds a tensor that the model has no place for: {name} {list(reader.shape(name))}"
             )
     return found
 
 
-def _is_tied(reader: Reader, names: Collection[str]) -> bool:
-    """Whether the head is a copy of an embedding, so that a model with tied embeddings may pass over it."""
-    shape = tuple(reader.shape("lm_head.weight"))
+def _is_copy(reader: Reader, copy: str, names: Collection[str]) -> bool:
+    """Whether a tensor is a copy of an embedding, so that a model with tied embeddings may pass over it."""
+    shape = tuple(reader.shape(copy))
     rows = max(1, BLOCK // (4 * shape[-1]))
     blocks = [(slice(i, min(i + rows, shape[0])), slice(0, shape[1])) for i in range(0, shape[0], rows)]
     return any(
-        all(np.array_equal(reader.read(name, block), reader.read("lm_head.weight", block)) for block in blocks)
+        all(np.array_equal(reader.read(name, block), reader.read(copy, block)) for block in blocks)
         for name in names
         if tuple(reader.shape(name)) == shape
     )

@@ -1,15 +1,16 @@
 """The model families: which module implements an architecture, and which one a parameter tree belongs to."""
 
+import itertools
 import re
 from types import ModuleType
 from typing import Any
 
 from peft_jax import trees
 from peft_jax.core import Params, Spec
-from peft_jax.models import bert, gpt2, llama
-from peft_jax.models.tensors import naming
+from peft_jax.models import bart, bert, gpt2, llama, t5
+from peft_jax.models.tensors import Tensor, naming, unrolled
 
-FAMILIES: tuple[ModuleType, ...] = (llama, gpt2, bert)
+FAMILIES: tuple[ModuleType, ...] = (llama, gpt2, bert, t5, bart)
 
 
 def family(model_type: str) -> ModuleType:
@@ -41,11 +42,19 @@ def spec_of(params: Params) -> Spec:
         inside = [path for tensor in tensors if tensor.layered for path in tensor.paths]
         if not inside or stacked.keys() != {path for tensor in tensors for path in tensor.paths}:
             continue
-        unrolled = len(tree) - len(stacked) + len(inside)
-        layers = stacked[inside[0]].shape[0] if scan else unrolled // len(inside)
+        tensors = [t._replace(layers=_layers(t, tree)) if t.layered else t for t in tensors]
+        layers = next(t.layers for t in tensors if t.layered) or 0
         names, is_stacked = naming(tensors, layers, scan)
         heads = {tensor.source for tensor in every} - {tensor.source for tensor in tensors}
         tied = (("lm_head", embedding),) if "lm_head.weight" in heads else ()
         return Spec(layers=layers, names=names, stacked=is_stacked, tensors=tuple(tensors), tied=tied)
     some = ", ".join(sorted(tree)[:2]) or "nothing"
     raise ValueError(f"this tree is of no model family here (it holds {some}): give its forward function too")
+
+
+def _layers(tensor: Tensor, tree: dict[str, Any]) -> int:
+    """How many of a layered tensor's leaves a tree holds, stacked or each by itself."""
+    path = tensor.paths[0]
+    if path in tree:
+        return int(tree[path].shape[0])
+    return next(i for i in itertools.count() if "/".join(unrolled(path, i)) not in tree)

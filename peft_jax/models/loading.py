@@ -15,6 +15,7 @@ from jaxtyping import Array
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
     MODEL_MAPPING_NAMES,
@@ -267,7 +268,7 @@ def save(
 
 def _write(folder: File, model: Model, params: Params, shard_bytes: int) -> None:
     config = copy.deepcopy(model.config)
-    config.architectures = [_architecture(config.model_type, model.head)]
+    config.architectures = [_architecture(config, model.head)]
     config.dtype = str(jax.tree.leaves(params)[0].dtype)
     scan = not any(name.startswith("layers_") for name in _names(params))
     module = family(config.model_type)
@@ -280,10 +281,11 @@ def _write(folder: File, model: Model, params: Params, shard_bytes: int) -> None
         model.tokenizer.save_pretrained(folder)
 
 
-def _architecture(model_type: str, head: str | None) -> str:
+def _architecture(config: Any, head: str | None) -> str:
     """What transformers calls the class."""
-    names = ARCHITECTURES[head] if family(model_type).HEADS else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    return names[model_type]
+    writes = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES if config.is_encoder_decoder else None
+    names = ARCHITECTURES[head] if family(config.model_type).HEADS else writes or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return names[config.model_type]
 
 
 def _names(params: Params) -> set[str]:

@@ -17,12 +17,14 @@ class Tensor(NamedTuple):
                 matrices side by side along the last axis of our layout (GPT-2's c_attn holds q, k, v)
     transpose   whether the source keeps ``[out, in]`` (torch's Linear) where we keep ``[in, out]``
     names       what `select` calls each path; by default the source's name without ``.weight``
+    layers      how many there are, where a model's stacks differ in that; by default the model's number
     """
 
     source: str
     paths: tuple[str, ...]
     transpose: bool = False
     names: tuple[str, ...] = ()
+    layers: int | None = None
 
     @property
     def layered(self) -> bool:
@@ -49,7 +51,7 @@ def naming(
                 names[tuple(path.split("/"))] = (name,)
             elif scan:
                 stacked.add(tuple(path.split("/")))
-                names[tuple(path.split("/"))] = tuple(name.format(layer=i) for i in range(layers))
+                names[tuple(path.split("/"))] = tuple(name.format(layer=i) for i in range(tensor.layers or layers))
             else:
-                names |= {unrolled(path, i): (name.format(layer=i),) for i in range(layers)}
+                names |= {unrolled(path, i): (name.format(layer=i),) for i in range(tensor.layers or layers)}
     return names.__getitem__, stacked.__contains__

@@ -40,7 +40,7 @@ def fill(table: tuple[Tensor, ...], named: dict[str, np.ndarray], abstract: Any,
     """Our tree, from a family's table of tensors and arrays by their source names.  Also fits gradients."""
     flat: dict[tuple[str, ...], jax.Array] = {}
     for tensor in table:
-        sources = [tensor.source.format(layer=i) for i in range(layers if tensor.layered else 1)]
+        sources = [tensor.source.format(layer=i) for i in range((tensor.layers or layers) if tensor.layered else 1)]
         arrays = [named[source].T if tensor.transpose else named[source] for source in sources]
         pieces = [np.split(array, len(tensor.paths), axis=-1) for array in arrays]
         for i, path in enumerate(tensor.paths):
