@@ -1,6 +1,6 @@
 """What a method puts into a model's ports: where it lies in the tree, and how a call takes it from there.
 
-params["ports"][name]    a `Weight`, which says what of it trains
+params["ports"][name]    a `Weight`, which says what of it trains, or a dict of several
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from jaxtyping import Array
 from peft_jax.core import Forward, Params
 
 
-def need(port: str, forward: Forward, rows: int) -> None:
+def need(port: str, forward: Forward, rows: int, decoder_rows: int = 0) -> None:
     """Raises if a forward function has no such port, or no position left for real tokens behind so many rows."""
     spec = forward.spec
     if port not in spec.ports:
@@ -23,14 +23,19 @@ def need(port: str, forward: Forward, rows: int) -> None:
             f"this forward function has no port {port!r} (it has {has}): let its features read ports.{port}, and name "
             "it in Spec(ports=...)"
         )
-    if spec.positions and rows >= spec.positions:
-        raise ValueError(f"a {port} of {rows} rows leaves real tokens none of the {spec.positions} positions there are")
+    for taken, positions in ((rows, spec.positions), (decoder_rows, spec.decoder_positions)):
+        if positions and taken >= positions:
+            raise ValueError(f"a {port} of {taken} rows leaves real tokens none of the {positions} positions there are")
 
 
-def behind(forward: Forward, rows: int) -> Forward:
+def behind(forward: Forward, rows: int, decoder_rows: int = 0) -> Forward:
     """The same forward function with so many positions less for real tokens."""
     spec = forward.spec
-    left = dataclasses.replace(spec, positions=spec.positions - rows if spec.positions else 0)
+    left = dataclasses.replace(
+        spec,
+        positions=spec.positions - rows if spec.positions else 0,
+        decoder_positions=spec.decoder_positions - decoder_rows if spec.decoder_positions else 0,
+    )
     return Forward(forward.features, forward.head, left)
 
 

@@ -19,7 +19,8 @@ from peft_jax.methods.prefix_tuning import prefix_tuning
 def p_tuning_v2(
     length: int = 20, *, hidden: int | None = None, dropout: float = 0.1, name: str = "p_tuning_v2", **options: Any
 ) -> Method:
-    """Deep prompts.  Arguments and errors as in `methods.prefix_tuning`; `hidden` adds its MLP.
+    """Deep prompts.  Arguments and errors as in `methods.prefix_tuning`; `hidden` adds its MLP, and `start`, another
+    task's tree, is the paper's multi-task learning: prompts trained on several tasks begin each task's own.
 
     >>> import jax, transformers, peft_jax as pj
     >>> from peft_jax import methods, models

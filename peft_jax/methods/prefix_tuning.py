@@ -11,8 +11,12 @@ with d = kv_heads · head_dim.  Afterwards only P is kept: `bake` drops the MLP.
 paper's ablation.  Trained numbers: l·width + width·hidden + hidden + (hidden + 1)·2·layers·d, or 2·layers·d·l; kept:
 2·layers·d·l.
 
+An encoder-decoder model has three prefixes, each with an MLP of its own: before the encoder's attention, before the
+decoder's, and before the source in the decoder's attention to it (section 4.2; its code has the third).  Where a call's
+inputs name an `infix`, the rows stand between two tokens (section 7.3): the same parameters, another place.
+
 Source: section 4; XiangLi1999/PrefixTuning, gpt2/train_control.py (``get_prompt_p5``); starting from real words:
-its section on initialisation, ``lowdata_token``.
+its section on initialisation, ``lowdata_token``; seq2seq/prefixTuning.py for the three.
 
 Departures: P' starts N(0, 1) and the MLP as torch's Linear does, U(±1/√inputs), as in its code; P alone starts N(0, 1)
 too.  A start from real words is exact with ``hidden=None``; otherwise the MLP is fitted to it as in the code (Adam,
@@ -21,7 +25,7 @@ too.  A start from real words is exact with ``hidden=None``; otherwise the MLP i
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,10 +35,10 @@ import optax
 from jaxtyping import Array
 
 from peft_jax import trees
-from peft_jax.core import Forward, Inputs, Method, Params, Ports, check_tokens
+from peft_jax.core import Forward, Inputs, Method, Params, Ports, Spec, check_tokens
 from peft_jax.methods.lora import dropped
 from peft_jax.ports import behind, key_of, need, put, take
-from peft_jax.weights import Weight, static
+from peft_jax.weights import Weight, is_weight, static
 
 FIT_STEPS, FIT_RATE = 500, 1e-3
 
@@ -117,6 +121,8 @@ def prefix_tuning(
     hidden: int | None = 512,
     dropout: float = 0.0,
     text: Sequence[int] | None = None,
+    start: Params | None = None,
+    parts: Sequence[str] | None = None,
     dtype: Any = jnp.float32,
     name: str = "prefix_tuning",
 ) -> Method:
@@ -127,13 +133,18 @@ def prefix_tuning(
         hidden: the width of the MLP; None trains keys and values themselves.
         dropout: the rate on the prefix, active when a call's ports carry a `micro_key` (training).
         text: token ids whose keys and values in the frozen model the prefix starts as, tiled or cut to `length`.
+        start: a tree with a trained prefix of this name and length, whose numbers this one starts from: another task's,
+            or several tasks' together (the multi-task learning of P-tuning v2).
+        parts: of an encoder-decoder model, which of its attentions get one: "encoder", "decoder", "cross"; by default
+            all.
         dtype: of the trained arrays.
         name: what tells this method from another of its kind in one chain, whose prefix then comes behind this one's;
             also seeds its draws.
 
     Raises:
         ValueError: on a length that is not positive or leaves the model no position for real tokens; on a dropout
-            outside [0, 1); on a text without tokens; if the model has no port for a prefix.
+            outside [0, 1); on a text without tokens; on a start of other shapes; on parts that the model does not
+            have; if it has no port for a prefix.
 
     >>> import jax, transformers, peft_jax as pj
     >>> from peft_jax import methods, models
@@ -151,37 +162,80 @@ def prefix_tuning(
         raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
     if text is not None and len(text) == 0:
         raise ValueError("the text that the prefix is to start as has no tokens")
+    if text is not None and start is not None:
+        raise ValueError("text and start are two ways to start a prefix: give one of them")
 
     def init(key: Array, params: Params, forward: Forward) -> Params:
         trees.claim(name, params)
-        need("prefix", forward, length)
-        spec, key = forward.spec, key_of(key, name)
-        heads = (spec.layers, spec.kv_heads, spec.head_dim)
-        leaf: Prefix | Reparametrised
-        if hidden is None:
-            rows = jax.random.normal(key, (length, 2 * math.prod(heads)))
-            leaf = Prefix(*unflatten(rows, heads), name=name)
-        else:
-            leaf = _mlp(key, length, spec.width, hidden, heads, name)
+        sizes = _sizes(forward.spec, parts)
+        need("prefix", forward, *_rows(sizes, length))
+
+        def one(part: str) -> Prefix | Reparametrised:
+            mine, heads = key_of(key, f"{name}.{part}" if part else name), sizes[part]
+            if hidden is None:
+                return Prefix(*unflatten(jax.random.normal(mine, (length, 2 * math.prod(heads))), heads), name=name)
+            return _mlp(mine, length, forward.spec.width, hidden, heads, name)
+
+        leaves = {part: one(part) for part in sizes}
+        made: Any = leaves.get("", leaves)
         if text is not None:
             words = words_of(forward, params, np.resize(np.asarray(text, np.int32), length))
-            leaf = Prefix(*words, name=name) if isinstance(leaf, Prefix) else _fitted(leaf, words)
-        return put(params, name, jax.tree.map(lambda x: x.astype(dtype), leaf))
+            made = Prefix(*words, name=name) if isinstance(made, Prefix) else _fitted(made, words)
+        made = made if start is None else _begun(made, start, name)
+        return put(params, name, jax.tree.map(lambda x: x.astype(dtype), made))
 
     def wrap(forward: Forward) -> Forward:
-        need("prefix", forward, length)
+        rows = _rows(_sizes(forward.spec, parts), length)
+        need("prefix", forward, *rows)
 
         def fill(params: Params, ports: Ports) -> tuple[Params, Ports]:
             params, mine = take(params, name)
-            rows = mine.rows()
-            if dropout and ports.micro_key is not None:
-                keys = jax.random.split(key_of(ports.micro_key, name))
-                rows = tuple(dropped(x, k, jnp.float32(dropout)) for x, k in zip(rows, keys, strict=True))
-            return params, dataclasses.replace(ports, prefix=_before(rows, ports.prefix))
+            if is_weight(mine):
+                return params, dataclasses.replace(ports, prefix=_before(_live(mine, "", ports), ports.prefix))
+            others = ports.prefix or {}
+            prefix = {part: _before(_live(w, part, ports), others.get(part)) for part, w in mine.items()}
+            return params, dataclasses.replace(ports, prefix={**others, **prefix})
 
-        return behind(forward.rewritten(fill), length)
+        return behind(forward.rewritten(fill), *rows)
+
+    def _live(leaf: Any, part: str, ports: Ports) -> tuple[Array, Array]:
+        """Keys and values, some of them dropped while training."""
+        keys, values = leaf.rows()
+        if not dropout or ports.micro_key is None:
+            return keys, values
+        first, second = jax.random.split(key_of(ports.micro_key, f"{name}.{part}" if part else name))
+        return dropped(keys, first, jnp.float32(dropout)), dropped(values, second, jnp.float32(dropout))
 
     return Method(init, wrap)
+
+
+def _sizes(spec: Spec, parts: Sequence[str] | None) -> dict[str, tuple[int, int, int]]:
+    """(layers, kv_heads, head_dim) of each attention that gets a prefix; a model with one kind has no name for it."""
+    if not spec.attentions:
+        if parts is not None:
+            raise ValueError(f"parts {', '.join(parts)} are of encoder-decoder models, and this is none: leave it out")
+        return {"": (spec.layers, spec.kv_heads, spec.head_dim)}
+    there = dict(spec.attentions)
+    wanted = tuple(there if parts is None else parts)
+    if not wanted or not set(wanted) <= there.keys():
+        raise ValueError(f"parts are {', '.join(wanted) or 'none'}: choose from {', '.join(there)}")
+    return {part: there[part] for part in wanted}
+
+
+def _rows(sizes: Mapping[str, Any], length: int) -> tuple[int, int]:
+    """How many positions the rows take: of the (source's) tokens, and of the decoder's."""
+    return length * ("" in sizes or "encoder" in sizes), length * ("decoder" in sizes)
+
+
+def _begun(made: Any, start: Params, name: str) -> Any:
+    """A prefix with the numbers of another tree's."""
+    found = start.get("ports", {}).get(name)
+    if found is None:
+        raise ValueError(f"the tree to start from holds no prefix called {name!r}: train one under this name")
+    shapes = [[x.shape for x in jax.tree.leaves(tree)] for tree in (made, found)]
+    if jax.tree.structure(made) != jax.tree.structure(found) or shapes[0] != shapes[1]:
+        raise ValueError(f"the prefix {name!r} to start from is of another length, MLP or model than this one")
+    return jax.tree.map(jnp.copy, found)
 
 
 def _before(rows: tuple[Array, Array], others: Any) -> Any:
@@ -223,8 +277,10 @@ def words_of(forward: Forward, params: Params, tokens: Any) -> tuple[Array, Arra
         ValueError: if a token is outside the vocabulary.
     """
     ids, empty = np.asarray(tokens, np.int32)[None], forward.spec.cache
-    if empty is None:
-        raise ValueError("a start from text reads it with a cache, which this model does not keep: leave text out")
+    if empty is None or forward.spec.attentions:
+        raise ValueError(
+            "a start from text reads it with a decoder's cache, which this model does not keep: leave text out"
+        )
     check_tokens(ids, forward.spec)
 
     @jax.jit

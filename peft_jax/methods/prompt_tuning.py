@@ -3,7 +3,7 @@
     y = f([P; embed(x)])        P ``[p, d]`` trains, everything else is frozen
 
 P ("prompt") acts through the model's port of that name; the outputs cover the real tokens only, which stand at the
-positions from p on.  p · d numbers train.
+positions from p on; in an encoder-decoder model it stands before the source.  p · d numbers train.
 
 How P starts decides much (section 3.2, figure 3b): "uniform" draws from U[−0.5, 0.5]; "vocabulary" takes the embeddings
 of tokens drawn without replacement from the most common ones; `labels` begins with the mean embedding of each class

@@ -3,7 +3,8 @@
 Module names are those of `transformers` (models/bart/modeling_bart.py), so that target modules carry over.
 
 Departures: the model's own dropout and layer dropout are not applied, methods bring their own; positions count real
-tokens, so that padding may stand on either side; ``final_logits_bias``, which is zero in every BART, is not kept.
+tokens, so that padding may stand on either side; ``final_logits_bias``, which is zero in every BART, is not kept; an
+end is not forced on a text that reaches its longest (``forced_eos_token_id``).
 """
 
 import dataclasses
@@ -169,7 +170,7 @@ ROOT = "model"
 
 def build(config: Any, *, scan: bool = True, remat: str = "full", compute_dtype: Any = None) -> Forward:
     """The forward function of a transformers config.  Logits are fp32, whatever the compute dtype."""
-    first, forced = config.decoder_start_token_id, getattr(config, "forced_bos_token_id", None)
+    first, forced = (getattr(config, name, None) for name in ("decoder_start_token_id", "forced_bos_token_id"))
     start = (config.eos_token_id if first is None else first, *(() if forced is None else (forced,)))
     return encoder_decoder(read_config(config, scan, remat, compute_dtype), STACKS, ROOT, tensors(config), start)
 

@@ -30,7 +30,7 @@ from peft_jax.models.families import family
 from peft_jax.trees import ADDED, bare, weights
 from peft_jax.weights import Unfrozen
 
-WANTED = ["model*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
+WANTED = ["model*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model", "spiece.model"]
 OURS = (".safetensors", ".json", ".jinja", ".txt", ".model")  # what a saved model consists of, by suffix
 ARCHITECTURES = {
     None: MODEL_MAPPING_NAMES,
@@ -39,7 +39,7 @@ ARCHITECTURES = {
     "answers": MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
 }
 NEW = ("classifier", "qa_outputs")  # where heads lie, which a pretrained checkpoint lacks
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -237,7 +237,7 @@ STACKS = (Encoder, Decoder)
 def build(config: Any, *, scan: bool = True, remat: str = "full", compute_dtype: Any = None) -> Forward:
     """The forward function of a transformers config.  Logits are fp32, whatever the compute dtype."""
     c = read_config(config, scan, remat, compute_dtype)
-    start = config.decoder_start_token_id
+    start = getattr(config, "decoder_start_token_id", None)
     return encoder_decoder(c, STACKS, "", tensors(config), (config.pad_token_id if start is None else start,))
 
 

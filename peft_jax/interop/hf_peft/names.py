@@ -1,5 +1,6 @@
 """Where the source model's tensors lie in our tree: the leaf, the layer and the columns of each."""
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 from peft_jax import trees
@@ -80,6 +81,16 @@ def names_of(params: Params, spec: Spec) -> Names:
     sources = (_from_table if spec.tensors else _from_leaves)(params, spec)
     matrices = {source.module: source for source in sources.values() if source.matrix}
     return Names(sources, matrices, dict(spec.tied))
+
+
+def refuse_copies(modules: Collection[str], where: str) -> None:
+    """Raises on an adapter of the embedding that an encoder-decoder model's two stacks share."""
+    for module in modules:
+        if module in ("shared", "model.shared"):
+            raise ValueError(
+                f"{where} adapts {module}, the embedding of both stacks: transformers looks words up in two copies of "
+                "it, which an adapter of HF PEFT would not reach"
+            )
 
 
 def _from_table(params: Params, spec: Spec) -> dict[str, Source]:

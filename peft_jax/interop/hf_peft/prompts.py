@@ -4,6 +4,10 @@ PROMPT_TUNING   ``[p, width]``: a `Prompt` as it is
 PREFIX_TUNING   ``[l, layers · 2 · kv_heads · head_dim]``, a row's keys and values layer by layer: a `Prefix`.  An MLP
                 is baked away, as HF PEFT does when it saves, so a loaded prefix trains on without one
 
+For encoder-decoder models its prompts hold a second half that no model reads, and its prefixes stand in the decoder
+alone: layer i takes pair 2i modulo the number of pairs.  Loaded, each layer has its own; saved, the pairs between are
+zeros and ``num_layers`` is twice the model's.
+
 A head that trains too lies beside them, ``base_model.classifier.weight``.
 
 Source: HF PEFT 0.21.2, peft_model.py (``get_prompt``), tuners/{prompt,prefix}_tuning/config.py.
@@ -43,6 +47,14 @@ def describe(name: str, leaf: Any) -> tuple[dict[str, np.ndarray], dict[str, Any
     Raises:
         ValueError: on a leaf that the format cannot hold, or half of one.
     """
+    doubled = isinstance(leaf, dict)
+    if isinstance(leaf, dict):
+        if leaf.keys() != {"decoder"}:
+            raise ValueError(
+                f"ports/{name} stands before {', '.join(leaf)}, and HF PEFT's prefix of an encoder-decoder model "
+                "before the decoder's attention alone: prefix_tuning(parts=['decoder'])"
+            )
+        leaf = leaf["decoder"]
     if any(x is None for x in (getattr(leaf, field) for field in getattr(leaf, "trains", ()))):
         raise ValueError(f"ports/{name} has holes: combine the two halves of the partition first")
     if isinstance(leaf, Prompt):
@@ -51,13 +63,15 @@ def describe(name: str, leaf: Any) -> tuple[dict[str, np.ndarray], dict[str, Any
         extra: dict[str, Any] = {"prompt_tuning_init": "RANDOM"}
     elif isinstance(leaf, Prefix | Reparametrised):
         keys, values = jax.jit(type(leaf).rows)(leaf)
+        if doubled:
+            keys, values = (jnp.stack([x, jnp.zeros_like(x)], 1).reshape(-1, *x.shape[1:]) for x in (keys, values))
         found, kind = np.asarray(flatten(keys, values)), "PREFIX_TUNING"
         heads, dim = keys.shape[2:]
         sizes = {"token_dim": heads * dim, "num_attention_heads": heads, "num_layers": keys.shape[0]}
         extra = {"prefix_projection": False, "encoder_hidden_size": heads * dim}
     else:
         raise ValueError(f"ports/{name} is a {type(leaf).__name__}, for which HF PEFT has no format")
-    common = {"peft_type": kind, "num_virtual_tokens": found.shape[0], "num_transformer_submodules": 1}
+    common = {"peft_type": kind, "num_virtual_tokens": found.shape[0], "num_transformer_submodules": 1 + doubled}
     return {TENSOR: np.ascontiguousarray(found)}, common | sizes | extra
 
 
@@ -84,23 +98,35 @@ def load(
             continue
         if option not in UNDERSTOOD.split() and value not in (None, False, [], {}):
             raise ValueError(f"{file} comes with {option} ({value!r}), which is not supported")
-    if config.get("num_transformer_submodules") not in (None, 1):
-        raise ValueError(f"{file} is for an encoder-decoder model, and this is a decoder")
     if TENSOR not in tensors:
         raise ValueError(f"{file} lacks the tensor {TENSOR}")
     spec, found = model.forward.spec, tensors[TENSOR]
+    both = bool(spec.attentions)
+    halves = config.get("num_transformer_submodules") or 1 + (config.get("task_type") == "SEQ_2_SEQ_LM")
+    if halves > 1 and not both:
+        raise ValueError(f"{file} is for an encoder-decoder model, and this is a decoder")
     prompt = config["peft_type"] == "PROMPT_TUNING"
-    heads = (spec.layers, spec.kv_heads, spec.head_dim)
-    wanted = spec.width if prompt else 2 * spec.layers * spec.kv_heads * spec.head_dim
+    if both and not prompt and halves == 1:
+        raise ValueError(f"{file} is a prefix of a single decoder, and this is an encoder-decoder model")
+    layers, kv_heads, dim = dict(spec.attentions).get("decoder", (spec.layers, spec.kv_heads, spec.head_dim))
+    pairs = config.get("num_layers") or layers if both else layers
     length: Any = config.get("num_virtual_tokens")
-    if found.shape != (length, wanted):
+    wanted = (length * halves, spec.width) if prompt else (length, 2 * pairs * kv_heads * dim)
+    if found.shape != wanted:
         raise ValueError(
             f"{file} holds {TENSOR} with shape {list(found.shape)}, and its config and this model ask for "
-            f"{[length, wanted]}: it is for another base, or does not match its config"
+            f"{list(wanted)}: it is for another base, or does not match its config"
         )
     rows = jnp.asarray(found, dtype or found.dtype)
-    leaf = Prompt(rows, name) if prompt else Prefix(*unflatten(rows, heads), name=name)
-    method = prompt_tuning(length, name=name) if prompt else prefix_tuning(length, hidden=None, name=name)
+    leaf: Any
+    if prompt:
+        leaf, method = Prompt(rows[:length], name), prompt_tuning(length, name=name)
+    else:
+        keys, values = unflatten(rows, (pairs, kv_heads, dim))
+        if both:
+            keys, values = (x[2 * np.arange(layers) % pairs] for x in (keys, values))
+        leaf = {"decoder": Prefix(keys, values, name=name)} if both else Prefix(keys, values, name=name)
+        method = prefix_tuning(length, hidden=None, parts=["decoder"] if both else None, name=name)
     if name in model.params.get("ports", ()):
         raise ValueError(f"a method named {name!r} is already applied: give this one another name=")
     params, forward = _with_head(tensors, model, f"{name}.head", file)

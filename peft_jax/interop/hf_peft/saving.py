@@ -1,6 +1,7 @@
 """From a tree to an adapter's files."""
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path as File
 from typing import Any
@@ -12,7 +13,7 @@ from peft_jax.core import Forward, Params
 from peft_jax.interop.hf_peft import config as configs
 from peft_jax.interop.hf_peft import files, prompts
 from peft_jax.interop.hf_peft.contract import keys_of
-from peft_jax.interop.hf_peft.names import PREFIX, Names, Source, names_of
+from peft_jax.interop.hf_peft.names import PREFIX, Names, Source, names_of, refuse_copies
 from peft_jax.interop.hf_peft.reading import Adapter, adapter_of, one_of_a_stack, read_leaf, trains, value_of
 from peft_jax.models.families import spec_of
 
@@ -64,6 +65,7 @@ def save(
     read = {path: read_leaf(path, leaf) for path, leaf in trees.leaves(params).items()}
     names = names_of(params, spec_of(params) if forward is None else forward.spec)
     adapted = {module: found for module, source in names.matrices.items() if (found := adapter_of(source, read))}
+    refuse_copies(adapted, "the tree")
     _check_magnitudes(adapted, names)
     trained = [s for s in names.sources.values() if any(trains(read[part.path], part.layer) for part in s.parts)]
     bias, whole = _trained_whole(trained, adapted, names)
@@ -77,6 +79,7 @@ def save(
         inside = ".base_layer" if source.module in adapted else ""
         tensors[f"{PREFIX}{source.module}{inside}.{source.name.rpartition('.')[2]}"] = value_of(source, read)
     to_save = {source.module for source in whole if not _is_covered(source, bias, adapted)}
+    refuse_copies(to_save, "the tree")
     sizes = {module: (found.term.a.shape[1], found.term.scale) for module, found in adapted.items()}
     tied = False
     for head, embedding in names.tied.items():  # what becomes of the embedding becomes of its head
@@ -120,6 +123,8 @@ def _task(names: Names) -> str:
         return "SEQ_CLS"
     if "classifier" in modules:
         return "TOKEN_CLS"
+    if any(re.search(r"\.(EncDecAttention|encoder_attn)\.", module) for module in modules):
+        return "SEQ_2_SEQ_LM"
     return "FEATURE_EXTRACTION" if any(module.endswith("word_embeddings") for module in modules) else "CAUSAL_LM"
 
 
