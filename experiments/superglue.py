@@ -159,7 +159,7 @@ class Score(NamedTuple):
     score: float
 
 
-def score(task: str, predicted: Sequence[int], labels: Sequence[int]) -> Score:
+def score(task: str, predicted: Sequence[int] | np.ndarray, labels: Sequence[int] | np.ndarray) -> Score:
     """How predicted labels agree with those that are right."""
     mine, right = np.asarray(predicted), np.asarray(labels)
     if mine.shape != right.shape or mine.ndim != 1 or not len(right):
