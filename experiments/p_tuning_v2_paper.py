@@ -13,7 +13,7 @@ Ten tasks, three rows each.
 p_tuning_v2   learning rate, length, epochs and batch of the authors' run_script/*_roberta.sh, at every task; Adam,
               gradient norm clipped at 1; the rate falls to 0 linearly on SuperGLUE, and to 95% with every epoch on the
               others (training/trainer_exp.py); dropout 0.1 on the prompt, 0.2 on SQuAD's.
-prompt        a prompt before the words alone (section 3.1), with the same numbers: the authors print none for it.  It
+prompt        a prompt before the words alone (Lester et al. 2021), with the same numbers: the authors print none for it.  It
               starts from the vocabulary.
 full          all of the model: rate 1e-5, 10 epochs (SQuAD 3), 6% of warm-up and linear decay, the task's batch.  Of
               these too the authors print none; they are within what RoBERTa's paper tries (Liu et al. 2019, appendix).
@@ -31,7 +31,8 @@ Hours are computed, not measured: places x 4 x 302M operations (6 where all of t
 
 Departures: the model's own dropout is not applied, and neither is any before the head; heads are RoBERTa's own (two
 linears, where the authors keep the pretrained pooler and train one) and for COPA the first of its two scores is a
-choice's; leftover examples of an epoch are left out of it; CB, MultiRC and ReCoRD are left out (the authors have no
+choice's; positions and the embeddings' norm act on a prompt and on words once (in the authors' code, on words twice);
+leftover examples of an epoch are left out of it; CB, MultiRC and ReCoRD are left out (the authors have no
 script for them), and so is semantic role labelling.
 """
 
@@ -181,7 +182,6 @@ def run(task: Sources, s: Paper, row: Row, seed: int) -> Outcome:
         raise ValueError(f"{task.model} has a head of its own: give a pretrained model, whose head is then new")
     data = reading.encode(model.tokenizer)
     params, forward = method_of(row)(key, model.params, model.forward)
-    del model  # where all of it trains, its arrays are not needed twice
     count = pj.count(params)
     batches = training.batches(data.train, row.batch, seed)
     epoch = len(batches)
@@ -189,6 +189,7 @@ def run(task: Sources, s: Paper, row: Row, seed: int) -> Outcome:
     tx = optax.adam(schedule(s, row, steps, epoch), eps=s.epsilon)
     step = training.make_step(forward, tx, data.loss, clip=s.clip)
     state, frozen = training.init_state(params, tx, key)
+    del model, params  # where all of it trains, the state holds it
 
     def measured(params: Any, name: str) -> dict[str, float]:
         found, judge = data.sets[name]

@@ -6,7 +6,7 @@ have no printed numbers; code google-research/prompt-tuning.
     python -m experiments.run prompt_ablation --profile paper --data PATH [--model google/t5-xl-lm-adapt]
 
 --data takes the folder of SuperGLUE's official folders (BoolQ, CB, COPA, RTE, WiC).  --model takes an LM-adapted T5 1.1
-of any size; the figure has all five of them, small to XXL.
+of any size, by its name or as a directory that transformers saved; the figure has all five of them, small to XXL.
 
 A row is a prompt, trained for each of five tasks apart; its score is the mean of theirs.  Prompts stand before the
 encoder's words.  All rows: 30,000 steps of batch 32, Adafactor at a constant 0.3 (decay 0.8, weight decay 1e-5, no

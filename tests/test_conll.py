@@ -3,20 +3,9 @@
 import numpy as np
 import pytest
 import toy_tokenizer
+from toy_tasks import CONLL03
 
 from experiments import conll
-
-CONLL03 = """-DOCSTART- -X- O O
-
-EU NNP I-NP I-ORG
-rejects VBZ I-VP O
-German JJ I-NP I-MISC
-call NN I-NP O
-
-New NNP I-NP I-LOC
-York NNP I-NP I-LOC
-Berlin NNP B-NP B-LOC
-"""
 
 
 @pytest.fixture(scope="module")

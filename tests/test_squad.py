@@ -1,13 +1,12 @@
 """SQuAD: files, windows and answers beside transformers' own, measures beside the official script's results."""
 
-import json
-
 import numpy as np
 import pytest
 import transformers
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
+from toy_tasks import squad_file
 
 from experiments import squad
 from experiments.squad import Question
@@ -30,22 +29,11 @@ def tokenizer():
     )
 
 
-def file(path, version="v2.0"):
-    """Two questions on a context of 26 letters, the second of which has no answer."""
-    context = "abc def ghij klm nop qrst uvw xyz"
-    answers = [{"text": "qrst", "answer_start": 21}, {"text": "qrst uvw", "answer_start": 21}]
-    known = {"id": "one", "question": "  what?", "answers": answers}
-    unknown = {"id": "two", "question": "why?", "answers": [], "is_impossible": True, "plausible_answers": answers}
-    paragraph = {"context": context, "qas": [known, unknown] if version == "v2.0" else [known]}
-    path.write_text(json.dumps({"version": version, "data": [{"title": "Letters", "paragraphs": [paragraph]}]}))
-    return path
-
-
 def test_files_of_both_versions(tmp_path):
-    one, two = squad.read(file(tmp_path / "dev-v2.0.json"))
+    one, two = squad.read(squad_file(tmp_path / "dev-v2.0.json"))
     assert (one.text, one.answers, one.starts) == ("what?", ("qrst", "qrst uvw"), (21, 21))
     assert two.answers == two.starts == () and two.context[21:25] == "qrst"
-    assert squad.read(file(tmp_path / "dev-v1.1.json", "1.1")) == [one]
+    assert squad.read(squad_file(tmp_path / "dev-v1.1.json", "1.1")) == [one]
     with pytest.raises(FileNotFoundError, match=r"train-v1.1.json is not there: .*dev-v2.0.json, with --data"):
         squad.read(tmp_path / "train-v1.1.json")
     for text in ('{"data": [{"paragraphs": [{}]}]}', "{", '{"data": 3}'):
@@ -85,7 +73,7 @@ def test_scores_are_means_in_percent():
 
 
 def test_windows_cover_the_context_and_find_the_answer(tmp_path, tokenizer):
-    questions = squad.read(file(tmp_path / "dev-v2.0.json"))
+    questions = squad.read(squad_file(tmp_path / "dev-v2.0.json"))
     found = squad.windows(questions, tokenizer, length=20, stride=3)
     # <s> and three </s> and the question of 5 or 4 letters leave 11 or 12 of 26 letters, each window 8 or 9 further.
     assert found.question.tolist() == [0, 0, 0, 1, 1, 1]

@@ -1,32 +1,13 @@
 """SuperGLUE: files of each task, what encoders and T5 read of them, and measures beside scikit-learn's results."""
 
-import json
-
 import numpy as np
 import pytest
 import toy_tokenizer
+from toy_tasks import LINES, write
 
 from experiments import superglue
 
-LINES = {
-    "boolq": {"question": "is it a pub", "passage": "The Mill is a pub.", "idx": 0, "label": True},
-    "cb": {"premise": "It rained.", "hypothesis": "It was wet.", "label": "contradiction", "idx": 1},
-    "copa": {"premise": "It rained.", "choice1": "I got wet.", "choice2": "I sang.", "question": "effect", "label": 0},
-    "rte": {"premise": "It rained.", "hypothesis": "It was wet.", "label": "not_entailment", "idx": 2},
-    "wic": {"word": "bank", "sentence1": "A bank.", "sentence2": "The bank.", "label": False, "start1": 2, "end1": 6},
-    "wsc": {
-        "text": "Mark told Pete that he won.",
-        "target": {"span1_index": 0, "span1_text": "Mark", "span2_index": 4, "span2_text": "he"},
-        "label": True,
-    },
-}
 LABELS = {"boolq": 1, "cb": 1, "copa": 0, "rte": 1, "wic": 0, "wsc": 1}
-
-
-def write(folder, task, split, lines):
-    place = folder / superglue.FOLDERS[task]
-    place.mkdir(exist_ok=True)
-    (place / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 @pytest.mark.parametrize("task", list(LINES))
