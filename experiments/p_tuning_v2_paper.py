@@ -13,18 +13,18 @@ Ten tasks, three rows each.
 p_tuning_v2   learning rate, length, epochs and batch of the authors' run_script/*_roberta.sh, at every task; Adam,
               gradient norm clipped at 1; the rate falls to 0 linearly on SuperGLUE, and to 95% with every epoch on the
               others (training/trainer_exp.py); dropout 0.1 on the prompt, 0.2 on SQuAD's.
-prompt        a prompt before the words alone (Lester et al. 2021), with the same numbers: the authors print none for it.  It
-              starts from the vocabulary.
-full          all of the model: rate 1e-5, 10 epochs (SQuAD 3), 6% of warm-up and linear decay, the task's batch.  Of
-              these too the authors print none; they are within what RoBERTa's paper tries (Liu et al. 2019, appendix).
+prompt        a prompt before the words alone (Lester et al. 2021), with the same numbers: the authors' code has none
+              for it.  It starts from the vocabulary.
+full          all of the model: rate 1e-5, 10 epochs (SQuAD 3), 6% of warm-up and linear decay, the task's batch.  Here
+              too the authors' code has none; these are within what RoBERTa's paper tries (Liu et al. 2019, appendix).
 
 A head is new in each run and trains with it.  After every epoch the development set is evaluated, and the best epoch
 counts, as in the authors' training/trainer_base.py: on SuperGLUE and SQuAD what is reported is that very score, on
 named entities F1 on the test set.  "Wholly right" is accuracy, the share of sentences with no wrong entity, or exact
 match.
 
-Expected, as the authors' README has it for P-tuning v2 and RoBERTa-large, one seed: see the last columns.  The second
-of them is known here from others' citations of the paper alone.
+Expected of P-tuning v2: what the authors' README prints for RoBERTa-large (one seed), beside the measures.  The column
+"paper, as cited" is known here from what others cite of the paper's tables.
 
 Hours are computed, not measured: places x 4 x 302M operations (6 where all of the model trains) at 45% of an A100's
 19.5 TFLOP/s in fp32: a run takes from minutes (WSC) to 45 hours (a prompt on OntoNotes), one seed of all about 260.
@@ -32,8 +32,8 @@ Hours are computed, not measured: places x 4 x 302M operations (6 where all of t
 Departures: the model's own dropout is not applied, and neither is any before the head; heads are RoBERTa's own (two
 linears, where the authors keep the pretrained pooler and train one) and for COPA the first of its two scores is a
 choice's; positions and the embeddings' norm act on a prompt and on words once (in the authors' code, on words twice);
-leftover examples of an epoch are left out of it; CB, MultiRC and ReCoRD are left out (the authors have no
-script for them), and so is semantic role labelling.
+leftover examples of an epoch are left out of it; CB, MultiRC and ReCoRD are left out (the authors have no script for
+them), and so is semantic role labelling.
 """
 
 import dataclasses
