@@ -6,6 +6,8 @@ paper's stands beside ours: what it shows is that start and length matter for sm
 parameters.  One small model is measured here, so the claim about scale is not tested.
 
     python -m experiments.run prompt_ablation            laptop: 33 runs, about 25 minutes on two CPU cores
+    python -m experiments.run prompt_ablation --profile paper --data PATH
+                                                         paper: LM-adapted T5 1.1 on SuperGLUE (prompt_ablation_paper)
     python -m experiments.tables                         the tables, from the results
 
 laptop   SmolLM2-135M answers movie reviews with one token (`experiments.sentiment`), 360 of them to train on, each seen
@@ -31,6 +33,7 @@ import optax
 import peft_jax as pj
 from experiments import sentiment
 from experiments.harness import Metric, Outcome, Part, Profile, Speed, Table, Work, train
+from experiments.prompt_ablation_paper import PAPER
 from peft_jax import Method, methods, training
 
 
@@ -206,5 +209,5 @@ TABLE = Table(
     "Prompt tuning: start and length",
     "Lester et al. 2021, [arXiv 2104.08691](https://arxiv.org/abs/2104.08691), Figure 3, prints curves and no numbers; "
     "the probe's loss is over the two answers alone, the others' over the whole vocabulary",
-    {"laptop": LAPTOP},
+    {"laptop": LAPTOP, "paper": PAPER},
 )
