@@ -232,9 +232,8 @@ def _begun(made: Any, start: Params, name: str) -> Any:
     found = start.get("ports", {}).get(name)
     if found is None:
         raise ValueError(f"the tree to start from holds no prefix called {name!r}: train one under this name")
-    shapes = [[x.shape for x in jax.tree.leaves(tree)] for tree in (made, found)]
-    alike = jax.tree.structure(made) == jax.tree.structure(found)
-    if not alike or shapes[0] != shapes[1]:
+    shapes = [[(str(path), x.shape) for path, x in jax.tree.leaves_with_path(tree)] for tree in (made, found)]
+    if shapes[0] != shapes[1]:
         raise ValueError(f"the prefix {name!r} to start from is of another length, MLP or model than this one")
     return jax.tree.map(jnp.copy, found)
 
