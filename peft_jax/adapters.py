@@ -1,11 +1,12 @@
-"""Several adapters on one base: a leading axis of one leaf.
+"""Several adapters on one base: one more axis of a leaf.
 
     params, forward = adapters.stack({"fr": french, "de": german}, forward)
     params = adapters.use(params, "de")                       # one for all rows; nothing recompiles
     forward(params, tokens, pj.Ports(adapter=jnp.array([0, 1, -1])))   # one a row; -1 is the base alone
 
 The adapters must be LoRA leaves on the same base.  Their ranks, scales and target modules may differ: an adapter that
-leaves a module alone has rank 0 there.
+leaves a module alone has rank 0 there.  Prompts and prefixes stack too, where all have them, under one name and of one
+length: one batch then mixes tasks whose prefixes are stored side by side.
 """
 
 import dataclasses
@@ -21,6 +22,8 @@ from jaxtyping import Array
 from peft_jax import trees
 from peft_jax.core import Forward, Params, Path, Ports
 from peft_jax.methods.lora import LoRA
+from peft_jax.methods.prefix_tuning import Reparametrised
+from peft_jax.ports import Stored
 from peft_jax.weights import Leaf, Weight, is_weight, static
 
 
@@ -75,11 +78,12 @@ def stack(adapted: Mapping[str, Params], forward: Forward, *, name: str = "adapt
 
     Args:
         adapted: parameter trees by adapter name, each of LoRA leaves (or bare arrays) on the same base.
-        forward: the model's forward function.
+        forward: the forward function that a method gave for one of them; of LoRA alone, the model's own does too.
         name: what tells this group from another.
 
     Raises:
-        ValueError: if the trees differ in structure or in a base's shape, or hold leaves other than LoRA.
+        ValueError: if the trees differ in structure, in a base's shape or in their prompts' and prefixes' kinds and
+            shapes, or hold leaves other than LoRA.
     """
     if not adapted:
         raise ValueError("no adapters to stack: give at least one tree by name")
@@ -114,7 +118,28 @@ def stack(adapted: Mapping[str, Params], forward: Forward, *, name: str = "adapt
 
         return trees.rewrite(params, name, rows), ports
 
-    return trees.map_leaves(each, next(iter(adapted.values()))), forward.rewritten(wrap)
+    first_tree = next(iter(adapted.values()))
+    params = trees.map_leaves(each, first_tree)
+    if any(tree.get("ports") for tree in adapted.values() if isinstance(tree, Mapping)):
+        params |= {"ports": _stored({key: tree.get("ports", {}) for key, tree in adapted.items()}, name)}
+    return params, forward.rewritten(wrap)
+
+
+def _stored(entries: Mapping[str, Any], name: str) -> Params:
+    """The ports' entries of all trees in one."""
+    (first, like), *others = entries.items()
+    shapes = lambda tree: [(str(path), x.shape) for path, x in jax.tree.leaves_with_path(tree)]  # noqa: E731
+    for key, entry in entries.items():
+        if any(isinstance(w, Reparametrised) for w in trees.weights(entry)):
+            raise ValueError(f"adapter {key!r} has a prefix that is still an MLP's output: methods.bake(params) first")
+    for key, entry in others:
+        if shapes(entry) != shapes(like):
+            raise ValueError(
+                f"adapters {first!r} and {key!r} differ in their prompts or prefixes, in name, kind or length: "
+                "a stack holds alike ones"
+            )
+    each = lambda *w: Stored(jax.tree.map(lambda *x: jnp.stack(x), *w), jnp.int32(0), tuple(entries), name)  # noqa: E731
+    return jax.tree.map(each, *entries.values(), is_leaf=is_weight)
 
 
 def _group(mine: list[Leaf], names: tuple[str, ...], name: str) -> Adapters:
@@ -144,7 +169,7 @@ def use(params: Params, adapter: str | int, *, name: str = "adapters") -> Params
     Raises:
         ValueError: if there is no such adapter, or no stack of this name.
     """
-    if not any(isinstance(w, Adapters) and w.name == name for w in trees.weights(params)):
+    if not any(isinstance(w, Adapters | Stored) and w.name == name for w in trees.weights(params)):
         raise ValueError(f"this tree holds no stack of adapters called {name!r}: see adapters.stack")
 
     def each(path: Path, w: Any) -> Weight:
@@ -155,4 +180,8 @@ def use(params: Params, adapter: str | int, *, name: str = "adapters") -> Params
             raise ValueError(f"there is no adapter {index}: there are {len(w.names)}, and -1 for the base alone")
         return dataclasses.replace(w, active=jnp.full_like(w.active, index))
 
-    return trees.rewrite(params, name, each)
+    chosen = trees.rewrite(params, name, each)
+    if "ports" in chosen:
+        mine = lambda w: each((), w) if isinstance(w, Stored) and w.name == name else w  # noqa: E731
+        chosen |= {"ports": trees.map_weights(mine, chosen["ports"])}
+    return chosen

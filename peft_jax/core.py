@@ -56,6 +56,7 @@ class Ports:
     prompt      [p, d] soft tokens, or [batch, p, d]; an encoder-decoder model's stand before its source
     prefix      (keys, values) of every layer, [layers, l, heads, dim], or [layers, batch, l, heads, dim]; of an
                 encoder-decoder model a dict of them, by the names of `Spec.attentions`
+    alone       bool [batch], or one for all: the rows that go without prompt and prefix
     attend      the attention function: a module-level function or a frozen dataclass (static: it is compiled in)
     step_key    one key for a whole optimiser step, the same on every micro-batch and device
     micro_key   a fresh key for each micro-batch; its presence turns dropout on
@@ -64,6 +65,7 @@ class Ports:
 
     prompt: Any = None
     prefix: Any = None
+    alone: Any = None
     step_key: Any = None
     micro_key: Any = None
     adapter: Any = None

@@ -154,5 +154,5 @@ def run_layers(layer: Any, arguments: tuple[Any, ...], config: Any, carry: Any, 
 
 def refuse_unknown_ports(ports: Ports, taken: frozenset[str], family: str) -> None:
     given = {f.name for f in dataclasses.fields(ports) if getattr(ports, f.name) is not None}
-    for name in given - taken - {"step_key", "micro_key", "adapter"}:
+    for name in given - taken - {"alone", "step_key", "micro_key", "adapter"}:
         raise ValueError(f"{family} has no port {name!r}: it takes {', '.join(sorted(taken)) or 'none'}")

@@ -11,7 +11,41 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from peft_jax.core import Forward, Params
+from peft_jax.core import Forward, Params, Ports
+from peft_jax.weights import Weight, static
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stored(Weight):
+    """Several prompts or prefixes, of which each row of a batch uses one (see `peft_jax.adapters`): `several` is a leaf
+    whose arrays have their number first; `active` is the one in use where a call names none, −1 for none at all."""
+
+    several: Any
+    active: Any
+    names: tuple[str, ...] = static(default=())
+    name: str = static(default="adapters")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.several.shape)
+
+    @property
+    def dtype(self) -> Any:
+        return self.several.dtype
+
+    def trained_size(self) -> int:
+        return self.several.trained_size()
+
+    def numbers(self) -> tuple[int, int]:
+        return self.trained_size(), 0
+
+    def at(self, index: Any) -> Any:
+        """One of them, or one a row of the batch; beyond the last is NaN, which the training guard reports."""
+        chosen = jax.tree.map(lambda x: jnp.take(x, jnp.maximum(index, 0), axis=0, mode="fill"), self.several)
+        if not jnp.ndim(index):
+            return chosen
+        return jax.tree.map(lambda x: jnp.moveaxis(x, 0, self.several.row_axis), chosen)
 
 
 def need(port: str, forward: Forward, rows: int, decoder_rows: int = 0) -> None:
@@ -44,6 +78,21 @@ def key_of(key: Array, name: str) -> Array:
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+def pick(leaf: Any, ports: Ports) -> tuple[Any, Ports]:
+    """The leaf that a call uses, a single one or one a row; and the ports, which then say what rows go without.
+
+    Raises:
+        ValueError: if what is stacked meets what is not: rows that go without would go without both.
+    """
+    stored = isinstance(leaf, Stored)
+    if (ports.prompt is not None or ports.prefix is not None) and stored == (ports.alone is None):
+        raise ValueError("a stack of prompts or prefixes meets one that is not stacked: stack trees that have both")
+    if not stored:
+        return leaf, ports
+    index = leaf.active if ports.adapter is None else ports.adapter
+    return leaf.at(index), dataclasses.replace(ports, alone=index < 0)
 
 
 def put(params: Params, name: str, leaf: Any) -> Params:

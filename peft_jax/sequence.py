@@ -99,17 +99,22 @@ def arrange(inputs: Inputs, x: Float[Array, "batch time width"], ports: Ports, c
     soft = 0 if prompt is None else prompt.shape[-2]
     infix = None if prefix is None else inputs.infix
     segments = _segments(inputs)
-    own = jnp.arange(before + soft, dtype=jnp.int32)  # the positions of what is put there
-    alike = segments is None and inputs.positions is None and infix is None  # in all rows
-    if inputs.positions is not None:
-        positions = inputs.positions + (cache.before if started else before + soft)
+    # How many of the rows put there each row has: none where it goes alone.
+    alone = None if ports.alone is None or not before + soft else jnp.broadcast_to(ports.alone, (batch,))[:, None]
+    there = lambda n: n if alone is None else jnp.where(alone, 0, n)  # noqa: E731
+    own = jnp.arange(before + soft, dtype=jnp.int32)  # their positions
+    alike = segments is None and inputs.positions is None and infix is None and alone is None  # in all rows
+    if inputs.positions is not None and started:
+        positions = inputs.positions + jnp.sum(cache.segments[:, : cache.before] != 0, 1, dtype=jnp.int32)[:, None]
+    elif inputs.positions is not None:
+        positions = inputs.positions + there(before + soft)
     elif started:
         positions = _positions(inputs, segments) + jnp.sum(cache.segments != 0, 1, dtype=jnp.int32)[:, None]
     elif infix is None:
-        positions = _positions(inputs, segments) + before + soft
+        positions = _positions(inputs, segments) + there(before + soft)
     else:
-        own, positions = _around(infix, _positions(inputs, segments), before, soft, inputs)
-    if cache is not None:
+        own, positions = _around(infix, _positions(inputs, segments), there(before), there(soft), before, soft, inputs)
+    if cache is not None or alone is not None:
         segments = jnp.ones((batch, time), jnp.int32) if segments is None else segments
     own = jnp.broadcast_to(own, (batch, before + soft))
     key_positions = jnp.concatenate([own, positions], 1)[: 1 if alike else batch]
@@ -123,7 +128,7 @@ def arrange(inputs: Inputs, x: Float[Array, "batch time width"], ports: Ports, c
         raise ValueError(
             "an encoder's prompt reads its row's tokens, so packed rows cannot share one: pad them instead"
         )
-    put = lambda n: jnp.full((batch, n), everywhere, jnp.int32)  # noqa: E731
+    put = lambda n: jnp.broadcast_to(there(jnp.int32(everywhere)), (batch, n))  # noqa: E731
     queries = None if segments is None else jnp.concatenate([put(soft), segments], 1)
     keys: Any = None if segments is None else jnp.concatenate([put(before), put(soft), segments], 1)
     order = jnp.arange(soft + time, dtype=jnp.int32)[None] + before
@@ -145,13 +150,16 @@ def arrange(inputs: Inputs, x: Float[Array, "batch time width"], ports: Ports, c
     return Sequence(x, positions, key_positions, visible, prefix, cache, (before, soft))
 
 
-def _around(infix: Array, positions: Array, before: int, soft: int, inputs: Inputs) -> tuple[Array, Array]:
-    """The positions of what is put there and of the tokens, where a prefix of `before` rows stands between tokens."""
+def _around(
+    infix: Array, positions: Array, has: Any, has_soft: Any, before: int, soft: int, inputs: Inputs
+) -> tuple[Array, Array]:
+    """The positions of what is put there and of the tokens, where a prefix of `before` rows stands between tokens; each
+    row of the batch has `has` of them, and `has_soft` soft tokens."""
     if inputs.segments is not None:
         raise ValueError("packed rows hold several texts and infix names one place a row: pad them instead")
-    rows = infix[:, None] + soft + jnp.arange(before, dtype=jnp.int32)[None]
+    rows = infix[:, None] + has_soft + jnp.arange(before, dtype=jnp.int32)[None]
     front = jnp.broadcast_to(jnp.arange(soft, dtype=jnp.int32), (len(infix), soft))
-    tokens = positions + soft + jnp.where(positions >= infix[:, None], before, 0)
+    tokens = positions + has_soft + jnp.where(positions >= infix[:, None], has, 0)
     return jnp.concatenate([rows, front], 1), tokens
 
 
@@ -181,10 +189,12 @@ def _positions(inputs: Inputs, segments: Any) -> Int[Array, "batch time"]:
     return order if segments is None else jnp.maximum(jnp.cumsum(segments, 1) - 1, 0)
 
 
-def across(time: int, before: int, source: Any, rows: int) -> Visible:
+def across(time: int, before: int, source: Any, rows: int, alone: Any = None) -> Visible:
     """Sight of a source, behind `before` rows of a prefix, from `time` tokens: of all its `rows`, or of those whose
-    segment in `source` ``[batch, rows]`` is not 0."""
+    segment in `source` ``[batch, rows]`` is not 0; where a row goes `alone`, not of the prefix."""
     keys = None if source is None else jnp.pad(source, ((0, 0), (before, 0)), constant_values=1)
+    if keys is not None and before and alone is not None:
+        keys = keys.at[:, :before].set(jnp.where(jnp.broadcast_to(alone, (len(keys),)), 0, 1)[:, None])
     queries = None if source is None else jnp.ones((len(source), time), jnp.int32)
     order = jnp.zeros((1, time), jnp.int32)
     return Visible(order, jnp.zeros((1, before + rows), jnp.int32), queries, keys, causal=False, plain=source is None)

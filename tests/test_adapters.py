@@ -1,5 +1,6 @@
 """Several adapters in one leaf, against each of them alone."""
 
+import functools
 from typing import Any
 
 import jax
@@ -11,7 +12,8 @@ from checks import close, copied, differs, same, without_compiling
 from zoo import KEY, TOKENS
 
 import peft_jax as pj
-from peft_jax import adapters, methods
+from peft_jax import adapters, methods, models
+from peft_jax.interop import hf_peft
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 FORWARD = zoo.build("llama")
@@ -49,6 +51,69 @@ def test_each_row_uses_its_own_adapter() -> None:
     # Beyond the last adapter: NaN in that row, not another adapter's answer.
     lost = np.asarray(run(params, jnp.array([0, 3, *[1] * 6], jnp.int32)))
     assert np.isnan(lost[1]).all() and np.isfinite(lost[[0, 2]]).all()
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_one_batch_mixes_stored_prompts_and_prefixes(kind: str, tmp_path: Any) -> None:
+    """With LoRA beside them; −1 goes without any of it, at the positions of the base."""
+    put = methods.prompt_tuning(3) if kind == "prompt" else methods.prefix_tuning(3, hidden=None)
+    some = {"wide": methods.lora(4, 8, "(q|o)_proj"), "narrow": methods.lora(2, 6, "q_proj|lm_head")}
+    each, wrapped = {}, FORWARD
+    for seed, (name, lora) in enumerate(some.items()):
+        tree, wrapped = pj.chain(put, lora)(KEY, zoo.base("llama"), FORWARD)
+        each[name] = zoo.disturbed(tree, seed, by=1.0)
+    params, forward = adapters.stack(each, wrapped)
+    assert pj.count(params).trainable == sum(pj.count(tree).trainable for tree in each.values())
+    mask = np.arange(12)[None] < np.array([12, 12, 9, 12, 7, 12, 12, 12])[:, None]
+    given, packed = pj.Inputs(TOKENS, mask=mask), pj.Inputs(TOKENS, segments=np.repeat([[1, 2]], 6, 1).repeat(8, 0))
+    for inputs, real in ((pj.Inputs(TOKENS), np.ones_like(mask)), (given, mask), (packed, np.ones_like(mask))):
+        expected = [np.asarray(jax.jit(wrapped)(tree, inputs)) for tree in each.values()]
+        expected.append(np.asarray(zoo.compiled("llama")(zoo.base("llama"), inputs)))
+        assert all(differs(a, b, 0.1) for i, a in enumerate(expected) for b in expected[:i])
+        rows = np.array([0, 1, 1, -1, -1, 0, 1, 0], np.int32)
+        found = jax.jit(lambda p, rows, inputs: forward(p, inputs, pj.Ports(adapter=rows)))(params, rows, inputs)
+        wanted = np.stack([expected[row][n] for n, row in enumerate(rows)])
+        close(np.asarray(found)[real], wanted[real], atol=1e-4)
+    run = jax.jit(forward)
+    for name in ("narrow", "wide", -1):
+        switched = adapters.use(params, name)
+        alone = jax.jit(wrapped)(each[name], TOKENS) if name != -1 else zoo.compiled("llama")(zoo.base("llama"), TOKENS)
+        close(run(params, TOKENS) if name == "wide" else run(switched, TOKENS), alone, atol=1e-4)
+
+    rows = np.array([0, -1, 1, 1, 0, -1, 0, 1], np.int32)
+    write = functools.partial(models.generate_tokens, max_new_tokens=4)
+    tokens, left = np.where(mask[:, ::-1], TOKENS, 0), mask[:, ::-1]
+    mixed = np.asarray(write(forward, params, tokens, left, ports=pj.Ports(adapter=rows)))
+    beams = np.asarray(write(forward, params, tokens, left, ports=pj.Ports(adapter=rows), beams=2))
+    for index, (one, tree) in enumerate([(wrapped, each["wide"]), (wrapped, each["narrow"])]):
+        np.testing.assert_array_equal(mixed[rows == index], np.asarray(write(one, tree, tokens, left))[rows == index])
+        alone = np.asarray(write(one, tree, tokens, left, beams=2))
+        np.testing.assert_array_equal(beams[rows == index], alone[rows == index])
+    plain = np.asarray(write(FORWARD, zoo.base("llama"), tokens, left))
+    np.testing.assert_array_equal(mixed[rows == -1], plain[rows == -1])
+
+    ports = {name: {**zoo.base("llama"), "ports": tree["ports"]} for name, tree in each.items()}
+    stacked, _ = adapters.stack(ports, put.wrap(FORWARD))
+    hf_peft.save(tmp_path / "one", stacked, adapter="narrow")
+    hf_peft.save(tmp_path / "two", ports["narrow"])
+    for file in (tmp_path / "two").iterdir():
+        assert file.read_bytes() == (tmp_path / "one" / file.name).read_bytes()
+    with pytest.raises(ValueError, match="say which to save"):
+        hf_peft.save(tmp_path / "one", stacked)
+    longer, _ = (methods.prompt_tuning(4) if kind == "prompt" else methods.prefix_tuning(4, hidden=None))(
+        KEY, zoo.base("llama"), FORWARD
+    )
+    with pytest.raises(ValueError, match="'a' and 'b' differ in their prompts or prefixes, in name, kind or length"):
+        adapters.stack({"a": ports["wide"], "b": longer}, forward)
+    tree, twice = pj.chain(methods.prompt_tuning(2, name="other"), put)(KEY, zoo.base("llama"), FORWARD)
+    with pytest.raises(ValueError, match="stack trees that have both"):
+        twice({**tree, "ports": tree["ports"] | stacked["ports"]}, TOKENS)
+
+
+def test_a_prefix_is_baked_before_it_is_stored() -> None:
+    tree, forward = methods.prefix_tuning(3, hidden=4)(KEY, zoo.base("llama"), FORWARD)
+    with pytest.raises(ValueError, match=r"'a' has a prefix that is still an MLP's output: methods\.bake"):
+        adapters.stack({"a": tree, "b": tree}, forward)
 
 
 def test_switching_compiles_nothing_and_merging_takes_the_one_in_use() -> None:

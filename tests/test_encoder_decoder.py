@@ -25,7 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from zoo import disturbed
 
 import peft_jax as pj
-from peft_jax import Inputs, methods, models, training
+from peft_jax import Inputs, adapters, methods, models, training
 from peft_jax.interop import hf_peft
 from peft_jax.models import bart, families, t5
 
@@ -433,6 +433,27 @@ def test_a_prefix_starts_from_another_tasks() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             methods.p_tuning_v2(**({"length": 4, "start": trained} | options))(KEY, base, plain)
+
+
+def test_a_batch_mixes_stored_prefixes() -> None:
+    base, plain = ours("t5")
+    method = methods.prefix_tuning(4, hidden=None)
+    trees = {}
+    for seed, name in enumerate("ab"):
+        tree, forward = method(KEY, base, plain)
+        trees[name] = disturbed(tree, seed, by=1.0)
+    stacked, mixed = adapters.stack(trees, forward)
+    rows = pj.Ports(adapter=jnp.array([1, -1, 0]))
+    for given in (GIVEN, Inputs(SOURCE, decoder_tokens=TEXT)):
+        found = np.asarray(compiled(mixed)(stacked, given, rows))
+        wanted = [run(trees["b"], forward, given)[0], run(base, plain, given)[1], run(trees["a"], forward, given)[2]]
+        close(found[REAL], np.stack(wanted)[REAL], atol=1e-4)
+    written = models.generate_tokens(mixed, stacked, SOURCE, MASK, max_new_tokens=4, ports=rows)
+    alone = [
+        np.asarray(models.generate_tokens(f, p, SOURCE, MASK, max_new_tokens=4))[row]
+        for row, (p, f) in enumerate(((trees["b"], forward), (base, plain), (trees["a"], forward)))
+    ]
+    np.testing.assert_array_equal(written, alone)
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------

@@ -37,13 +37,14 @@ def check_outputs(row: Row, family: str) -> None:
     run, mesh = zoo.compiled(family), jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     columns = lambda x: jax.NamedSharding(mesh, jax.P(*[None] * (x.ndim - 1), "model"))  # noqa: E731
     base = pj.place(zoo.base(family), jax.tree.map(columns, zoo.base(family)))
-    tokens = jax.device_put(TOKENS, jax.NamedSharding(mesh, jax.P("data")))
+    given = zoo.inputs(family)
+    tokens = jax.device_put(given, jax.NamedSharding(mesh, jax.P("data")))
     params, forward = row.method(KEY, base, zoo.build(family))
-    plain, noisy = run(zoo.base(family), TOKENS), zoo.disturbed(params)
+    plain, noisy = run(zoo.base(family), given), zoo.disturbed(params)
     trained, frozen = pj.partition(params)
 
     @jax.jit
-    def each(several: Any, frozen: Any, tokens: jax.Array) -> jax.Array:
+    def each(several: Any, frozen: Any, tokens: pj.Inputs) -> jax.Array:
         return jax.vmap(lambda one: forward(pj.combine(one, frozen), tokens))(several)
 
     both = jax.tree.map(lambda *x: jnp.stack(x), trained, pj.partition(noisy)[0])
@@ -61,7 +62,7 @@ def check_outputs(row: Row, family: str) -> None:
     else:
         # The base's own program: the merged tree has its structure, shapes and dtypes, so its FLOPs too.
         merged = jax.tree.map(lambda x: jnp.array(np.asarray(x)), pj.merge(noisy))
-        close(without_compiling(run, merged, TOKENS), moved, atol=1e-4)
+        close(without_compiling(run, merged, given), moved, atol=1e-4)
     stripped = pj.strip(noisy)
     assert jax.tree.structure(stripped) == jax.tree.structure(base)
     assert all(a is b for a, b in zip(jax.tree.leaves(stripped), jax.tree.leaves(base), strict=True))
@@ -133,18 +134,38 @@ def check_slope(step: Any, noisy: Any, tx: Any) -> None:
     assert float(ends[0] - ends[1]) / (2 * reach) == pytest.approx(slope, rel=0.02)
 
 
-@pytest.mark.parametrize("family", [name for name in zoo.CONFIGS if name != "llama"])
-def test_other_families(family: str) -> None:
+# What each family calls its projections, its embedding and its norms.
+OTHERS = {
+    "qwen2": "(q|v)_proj|embed_tokens",
+    "mistral": "(q|v)_proj|embed_tokens",
+    "gpt2": "c_attn|c_fc|wte",
+    "bert": "query|value|word_embeddings",
+    "roberta": "query|value|word_embeddings",
+    "t5": r"Attention\.(q|v)|shared",
+    "bart": "(q|v)_proj|shared",
+}
+KINDS = {
+    "lora": lambda family: pj.chain(methods.lora(4, 8, OTHERS[family]), methods.unfreeze("norm|ln_|LayerNorm")),
+    "prompt": lambda family: methods.prompt_tuning(4),
+    "prefix": lambda family: methods.prefix_tuning(3, hidden=8),
+    "deep prompts": lambda family: methods.p_tuning_v2(3, dropout=0.0),  # whose noise would hide three steps
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_families(family: str, kind: str) -> None:
     """Five laws: the start, merging, strip, falling loss, frozen leaves."""
-    linears, tables = ("c_attn|c_fc", "wte") if family == "gpt2" else ("(q|v)_proj", "embed_tokens")
-    method = pj.chain(methods.lora(4, 8, f"{linears}|{tables}"), methods.unfreeze("norm|ln_"))
-    check_outputs(ROWS[0]._replace(method=method), family)
+    assert OTHERS.keys() | {"llama"} == zoo.CONFIGS.keys()
+    method = KINDS[kind](family)
+    before_tokens = {} if kind == "lora" else zoo.PUT_BEFORE
+    check_outputs(ROWS[0]._replace(method=method, **before_tokens), family)
     params, forward = method(KEY, zoo.base(family), zoo.build(family))
     tx = pj.freeze(optax.adam(3e-3), params)
     step, (state, frozen) = make_step(forward, tx), init_state(params, tx, KEY)
     before, losses = copied(frozen), []
     for _ in range(3):
-        state, metrics = step(state, frozen, BATCH)
+        state, metrics = step(state, frozen, zoo.batch(family))
         losses.append(float(metrics["loss"]))
     assert losses[2] < losses[1] < losses[0]
     assert same(copied(frozen), before)

@@ -18,7 +18,8 @@ import transformers
 import peft_jax as pj
 from peft_jax import adapters, methods, trees
 from peft_jax.methods.lora import LoRA
-from peft_jax.models import gpt2, llama
+from peft_jax.models import families
+from peft_jax.training.losses import inputs_of
 
 KEY = jax.random.key(0)
 WIDTH, HIDDEN, KV, VOCAB, LAYERS = 32, 48, 16, 64, 3
@@ -31,12 +32,29 @@ SIZES = {
     "vocab_size": VOCAB,
     "max_position_embeddings": 32,
 }
+ENCODER = {key: size for key, size in SIZES.items() if key != "num_key_value_heads"}
 CONFIGS = {
     "llama": transformers.LlamaConfig(**SIZES, attention_bias=True, tie_word_embeddings=False),
     "qwen2": transformers.Qwen2Config(**SIZES, tie_word_embeddings=True),
     "mistral": transformers.MistralConfig(**SIZES, sliding_window=4, tie_word_embeddings=False),
     "gpt2": transformers.GPT2Config(
         n_embd=WIDTH, n_layer=LAYERS, n_head=4, vocab_size=VOCAB, n_positions=32, bos_token_id=0, eos_token_id=0
+    ),
+    "bert": transformers.BertConfig(**ENCODER, pad_token_id=0),
+    "roberta": transformers.RobertaConfig(**ENCODER, pad_token_id=1),
+    "t5": transformers.T5Config(
+        d_model=WIDTH, d_kv=6, d_ff=HIDDEN, num_layers=LAYERS, num_decoder_layers=2, num_heads=4, vocab_size=VOCAB
+    ),
+    "bart": transformers.BartConfig(
+        d_model=WIDTH,
+        encoder_layers=LAYERS,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=HIDDEN,
+        decoder_ffn_dim=HIDDEN,
+        vocab_size=VOCAB,
+        max_position_embeddings=32,
     ),
 }
 
@@ -46,16 +64,31 @@ BATCH = {"tokens": TEXT[:, :-1], "targets": TEXT[:, 1:], "weights": np.ones((8, 
 TOKENS = BATCH["tokens"]
 
 
+def batch(family: str) -> dict[str, Any]:
+    """The same text for every family: encoders tag it, encoder-decoder models write it from its reverse."""
+    if family not in ("t5", "bart"):
+        return BATCH
+    return BATCH | {"tokens": TOKENS[:, ::-1].copy(), "decoder_tokens": TOKENS}
+
+
+def inputs(family: str) -> pj.Inputs:
+    return inputs_of(batch(family))
+
+
 # -- models -----------------------------------------------------------------------------------------------------------
 
 
 def module(family: str) -> Any:
-    return gpt2 if family == "gpt2" else llama
+    return families.family(CONFIGS[family].model_type)
+
+
+def headed(family: str) -> dict[str, Any]:
+    return {"head": "tokens", "labels": VOCAB} if module(family).HEADS else {}
 
 
 @functools.cache
 def build(family: str, **options: Any) -> pj.Forward:
-    return module(family).build(CONFIGS[family], **options)
+    return module(family).build(CONFIGS[family], **options, **headed(family))
 
 
 @functools.cache
@@ -67,7 +100,7 @@ def compiled(family: str, **options: Any) -> Any:
 @functools.cache
 def base(family: str, dtype: Any = jnp.float32) -> Any:
     """Random weights of which none is a constant, so large that logits vary by O(1)."""
-    abstract = jax.eval_shape(lambda key: module(family).init(key, CONFIGS[family]), KEY)
+    abstract = jax.eval_shape(lambda key: module(family).init(key, CONFIGS[family], **headed(family)), KEY)
     random = np.random.RandomState(1)
 
     def draw(keys: Any, leaf: Any) -> jax.Array:

@@ -26,7 +26,7 @@ too.  A start from real words is exact with ``hidden=None``; otherwise the MLP i
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ from jaxtyping import Array
 from peft_jax import trees
 from peft_jax.core import Forward, Inputs, Method, Params, Ports, Spec, check_tokens
 from peft_jax.methods.lora import dropped
-from peft_jax.ports import behind, key_of, need, put, take
+from peft_jax.ports import behind, key_of, need, pick, put, take
 from peft_jax.weights import Weight, is_weight, static
 
 FIT_STEPS, FIT_RATE = 500, 1e-3
@@ -49,6 +49,7 @@ class Prefix(Weight):
     """A prefix as it is kept: keys and values ``[layers, l, kv_heads, head_dim]``.  It lies in ``params["ports"]``."""
 
     trains = ("keys", "values")
+    row_axis: ClassVar[int] = 1  # where the batch goes when each row has its own: behind the layers
 
     keys: Any
     values: Any
@@ -191,9 +192,11 @@ def prefix_tuning(
         def fill(params: Params, ports: Ports) -> tuple[Params, Ports]:
             params, mine = take(params, name)
             if is_weight(mine):
+                mine, ports = pick(mine, ports)
                 return params, dataclasses.replace(ports, prefix=_before(_live(mine, "", ports), ports.prefix))
-            others = ports.prefix or {}
-            prefix = {part: _before(_live(w, part, ports), others.get(part)) for part, w in mine.items()}
+            picked = {part: pick(w, ports) for part, w in mine.items()}
+            others, ports = ports.prefix or {}, next(iter(picked.values()))[1]
+            prefix = {part: _before(_live(w, part, ports), others.get(part)) for part, (w, _) in picked.items()}
             return params, dataclasses.replace(ports, prefix={**others, **prefix})
 
         return behind(forward.rewritten(fill), *rows)
@@ -239,13 +242,14 @@ def _begun(made: Any, start: Params, name: str) -> Any:
 
 
 def _before(rows: tuple[Array, Array], others: Any) -> Any:
-    """A prefix before another one, which may be one a row ``[layers, batch, l, kv_heads, head_dim]``."""
+    """A prefix before another one; either may be one a row ``[layers, batch, l, kv_heads, head_dim]``."""
     if others is None:
         return rows
 
-    def both(mine: Array, other: Array) -> Array:
-        mine = mine if other.ndim == 4 else jnp.broadcast_to(mine[:, None], (*other.shape[:2], *mine.shape[1:]))
-        return jnp.concatenate([mine, other.astype(mine.dtype)], -3)
+    def both(*pair: Array) -> Array:
+        lead = max((x.shape[:-3] for x in pair), key=len)
+        wide = [jnp.broadcast_to(x if x.ndim == len(lead) + 3 else x[:, None], (*lead, *x.shape[-3:])) for x in pair]
+        return jnp.concatenate([wide[0], wide[1].astype(wide[0].dtype)], -3)
 
     return tuple(map(both, rows, others))
 

@@ -19,7 +19,7 @@ were merged by frequency; `common` takes a count of your own, or the ids.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from jaxtyping import Array, Int
 
 from peft_jax import trees
 from peft_jax.core import Forward, Method, Params, Ports
-from peft_jax.ports import behind, key_of, need, put, take
+from peft_jax.ports import behind, key_of, need, pick, put, take
 from peft_jax.weights import Weight, embed, static
 
 STARTS = ("uniform", "vocabulary")
@@ -40,6 +40,7 @@ class Prompt(Weight):
     """Soft tokens: `value` ``[p, d]``.  It lies in ``params["ports"]`` and stands for no weight of the model."""
 
     trains = ("value",)
+    row_axis: ClassVar[int] = 0  # where the batch goes when each row has its own
 
     value: Any
     name: str = static(default="prompt_tuning")
@@ -130,10 +131,10 @@ def prompt_tuning(
 
         def fill(params: Params, ports: Ports) -> tuple[Params, Ports]:
             params, mine = take(params, name)
-            if ports.prompt is None:
-                return params, dataclasses.replace(ports, prompt=mine.value)
-            rows = (*ports.prompt.shape[:-2], *mine.value.shape)
-            both = [jnp.broadcast_to(mine.value, rows), ports.prompt.astype(mine.value.dtype)]
+            mine, ports = pick(mine, ports)
+            both = [mine.value] if ports.prompt is None else [mine.value, ports.prompt.astype(mine.value.dtype)]
+            rows = max((x.shape[:-2] for x in both), key=len)
+            both = [jnp.broadcast_to(x, (*rows, *x.shape[-2:])) for x in both]
             return params, dataclasses.replace(ports, prompt=jnp.concatenate(both, -2))
 
         return behind(forward.rewritten(fill), length)

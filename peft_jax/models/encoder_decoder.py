@@ -125,7 +125,7 @@ def encoder_decoder(
             return stacks[stack](c, attend).apply(weights, *arguments)
 
         text = Inputs(inputs.decoder_tokens, mask=inputs.decoder_mask, cache=None if caches is None else caches.own)
-        target = arrange(text, words(text.tokens), Ports(prefix=prefix.get("decoder")))
+        target = arrange(text, words(text.tokens), Ports(prefix=prefix.get("decoder"), alone=given.alone))
         time, cross = target.x.shape[1], prefix.get("cross")
         if caches is not None and caches.source is not None:
             held = caches.source
@@ -133,10 +133,12 @@ def encoder_decoder(
             sight = Sight(None, visible, None, Caches.of(target.cache, held))
         else:
             source = dataclasses.replace(inputs, decoder_tokens=None, decoder_mask=None, cache=None)
-            before = Ports(prompt=given.prompt, prefix=prefix.get("encoder"))
+            before = Ports(prompt=given.prompt, prefix=prefix.get("encoder"), alone=given.alone)
             laid = arrange(source, words(inputs.tokens), before, causal=False)
             seen, front = laid.visible.query_segments, 0 if cross is None else cross[0].shape[-3]
-            visible = across(time, front, seen, laid.x.shape[1])
+            if front and given.alone is not None and seen is None:
+                seen = jnp.ones(laid.x.shape[:2], jnp.int32)
+            visible = across(time, front, seen, laid.x.shape[1], given.alone)
             if caches is not None:
                 held = _held(attentions["cross"], visible, len(laid.x), caches.own.keys.dtype)
                 caches = Caches.of(target.cache, held)

@@ -1,6 +1,7 @@
 """What the leaves of a tree say: low-rank products, magnitudes, and what trains whole, each by the source's module."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from peft_jax.interop.hf_peft.names import Source
 from peft_jax.methods.dora import DoRA, column_norms
 from peft_jax.methods.lora import LoRA
 from peft_jax.methods.pissa import Residual
+from peft_jax.ports import Stored
 from peft_jax.weights import Leaf, Unfrozen, base_of, is_weight, materialise
 
 
@@ -45,19 +47,26 @@ def one_of_a_stack(params: Params, adapter: str | None) -> Params:
     """The tree with one adapter of each stack in its place."""
 
     def each(path: Path, leaf: Leaf) -> Leaf:
-        if not isinstance(leaf, Adapters):
+        if not isinstance(leaf, Adapters | Stored):
             return leaf
         if adapter not in leaf.names:
             known = ", ".join(leaf.names)
             raise ValueError(f"the tree holds the adapters {known}: say which to save, adapter=… (got {adapter!r})")
+        if isinstance(leaf, Stored):
+            return leaf.at(leaf.names.index(adapter))
         index, lead = leaf.names.index(adapter), leaf.active.ndim
         layers = len(leaf.several.ranks) // len(leaf.names)
         mine = jax.tree.map(lambda x: np.asarray(x).take(index, lead), leaf.several)
         ranks = leaf.several.ranks[index * layers : (index + 1) * layers]
         return LoRA(leaf.base, mine.a, mine.b, mine.scale, ranks=ranks, name=adapter)
 
+    def of_a_port(w: Any) -> Any:
+        return each((), w) if isinstance(w, Stored) else w
+
     chosen = trees.map_leaves(each, params)
-    if adapter is not None and not any(isinstance(leaf, Adapters) for leaf in trees.leaves(params).values()):
+    if isinstance(chosen, Mapping) and "ports" in chosen:
+        chosen = {**chosen, "ports": trees.map_weights(of_a_port, chosen["ports"])}
+    if adapter is not None and not any(isinstance(w, Adapters | Stored) for w in trees.weights(params)):
         raise ValueError(f"there is no adapter {adapter!r}: the tree holds no stack of adapters")
     return chosen
 

@@ -57,11 +57,11 @@ def save(
     ...     sorted(file.name for file in pathlib.Path(folder, "adapter").iterdir())
     ['adapter_config.json', 'adapter_model.safetensors']
     """
+    params = one_of_a_stack(params, adapter)
     if isinstance(params, Mapping) and params.get("ports"):
         return _save_port(File(directory), params, forward, task_type, base_model_name_or_path)
     for name in params.get("methods", ()) if isinstance(params, Mapping) else ():
         raise ValueError(f"methods/{name} is shared by the layers: HF PEFT's LoRA format cannot hold it")
-    params = one_of_a_stack(params, adapter)
     read = {path: read_leaf(path, leaf) for path, leaf in trees.leaves(params).items()}
     names = names_of(params, spec_of(params) if forward is None else forward.spec)
     adapted = {module: found for module, source in names.matrices.items() if (found := adapter_of(source, read))}
