@@ -1,12 +1,14 @@
-"""The LoRA training step against Hugging Face PEFT on torch, and against full fine-tuning; same machine, same batch.
+"""The training step against Hugging Face PEFT on torch: LoRA, a prefix, full fine-tuning; and writing with a prefix.
 
     make bench       (or: python -m experiments.bench [--rounds 5] [--only ours,peft])
 
 SmolLM2-135M in fp32, LoRA rank 8 on queries and values, AdamW, batch 8 x 128.  Each side is a process of its own that
 keeps its model warm; rounds alternate between the sides, so that a noisy machine is noisy for all.  Printed: seconds a
 step (median), tokens a second, the ratio to PEFT's at equal checkpointing, and peak resident memory less what importing
-the libraries took.  ``matmuls`` runs nothing but the step's matrix products with frozen weights: the limit.  The result
-is kept in experiments/results/bench.json, of which `make tables` makes the README's paragraph.
+the libraries took.  ``matmuls`` runs nothing but the step's matrix products with frozen weights: the limit.  The prefix
+has as many trained numbers as LoRA; ``write`` is greedy generation of 64 tokens behind 8 prompts of 64, without a
+prefix and with one.  The result is kept in experiments/results/bench.json, of which `make tables` makes the README's
+paragraph.
 """
 
 import argparse
@@ -26,6 +28,8 @@ from typing import Any
 import numpy as np
 
 ROWS, TIME, RANK, ALPHA, RATE = 8, 128, 8, 16, 1e-4
+PREFIX = 40  # rows: 2 · layers · kv_heads · head_dim · 40 numbers are those of LoRA
+NEW = 64  # tokens written, behind as many
 RESULT = Path(__file__).parent / "results" / "bench.json"
 
 # name: (what runs, checkpointing, whose ratio it is)
@@ -34,8 +38,11 @@ SIDES = {
     "ours": ("peft_jax, products kept", "none", "peft"),
     "peft-checkpointed": ("HF PEFT, torch", "every layer", None),
     "ours-checkpointed": ("peft_jax", "every layer", "peft-checkpointed"),
+    "prefix": (f"peft_jax, a prefix of {PREFIX} rows", "every layer", None),
     "full": ("peft_jax, full fine-tuning", "every layer", None),
     "matmuls": ("matrix products alone", "none", None),
+    "write": ("peft_jax, writing", "", None),
+    "write-prefix": (f"peft_jax, writing behind a prefix of {PREFIX} rows", "", None),
 }
 
 
@@ -104,9 +111,17 @@ def jax_side(name: str, folder: str) -> tuple[Callable[[], float], dict[str, Any
     model = models.load(folder, remat=remat, scan=not unrolled)
     if name == "matmuls":
         return products(model), {"baseline": baseline}
-    method = methods.unfreeze("", keep_base=False) if name == "full" else methods.lora(RANK, ALPHA)
+    if name == "write":
+        return writing(model.forward, model.params, baseline)
+    if name == "full":
+        method = methods.unfreeze("", keep_base=False)
+    else:
+        with_prefix = name in ("prefix", "write-prefix")
+        method = methods.prefix_tuning(PREFIX, hidden=None) if with_prefix else methods.lora(RANK, ALPHA)
     params, forward = method(jax.random.key(0), model.params, model.forward)
     del model
+    if name == "write-prefix":
+        return writing(forward, params, baseline)
     weight_bytes = pj.count(params).bytes
     ids = tokens().astype(np.int32)
     weights = np.ones((ROWS, TIME), np.float32)
@@ -115,10 +130,11 @@ def jax_side(name: str, folder: str) -> tuple[Callable[[], float], dict[str, Any
     tx = pj.freeze(optax.adamw(RATE), params)
     step: Any = training.make_step(forward, tx)
     state, frozen = training.init_state(params, tx, jax.random.key(1))
+    kept = jax.eval_shape(lambda: params)
     del params
     begin = time.perf_counter()
     compiled = training.compile_step(step, state, frozen, batch)
-    facts = {"baseline": baseline, "compile_seconds": time.perf_counter() - begin}
+    facts = {"baseline": baseline, "compile_seconds": time.perf_counter() - begin, "trained": pj.count(kept).trainable}
     analysis = compiled.memory_analysis()
     assert analysis is not None
     facts["temporary_bytes"] = analysis.temp_size_in_bytes
@@ -130,6 +146,22 @@ def jax_side(name: str, folder: str) -> tuple[Callable[[], float], dict[str, Any
         return float(metrics["loss"])
 
     return run, facts
+
+
+def writing(forward: Any, params: Any, baseline: int) -> tuple[Callable[[], float], dict[str, Any]]:
+    """Greedy generation, compiled ahead."""
+    import jax.numpy as jnp
+
+    from peft_jax import Inputs, Ports
+    from peft_jax.models import decoding
+
+    given = Inputs(jnp.asarray(tokens()[:, :NEW], jnp.int32), mask=jnp.ones((ROWS, NEW), bool))
+    arguments = (params, given, jnp.zeros(0, jnp.int32), jnp.int32(0), Ports())
+    compiled = decoding.write.lower(forward, *arguments, new=NEW, sampling=None).compile()
+    analysis = compiled.memory_analysis()
+    assert analysis is not None
+    facts = {"baseline": baseline, "temporary_bytes": analysis.temp_size_in_bytes, "tokens": ROWS * NEW}
+    return lambda: float(jnp.sum(compiled(*arguments, sampling=None))), facts
 
 
 def products(model: Any) -> Callable[[], float]:
@@ -191,6 +223,8 @@ def compare(names: list[str], rounds: int) -> dict[str, Any]:
     from experiments.data import smollm2
     from peft_jax import models
 
+    spec = models.load(smollm2()).forward.spec
+    cache_row = 2 * 4 * ROWS * spec.layers * spec.kv_heads * spec.head_dim  # keys and values, fp32
     with tempfile.TemporaryDirectory() as folder:
         # Without its tokenizer, which PEFT's side does not load.
         models.save(f"{folder}/smollm2", dataclasses.replace(models.load(smollm2()), tokenizer=None))
@@ -216,14 +250,21 @@ def compare(names: list[str], rounds: int) -> dict[str, Any]:
     here, dirty = provenance.commit()
     versions = provenance.versions() | {name: version(name) for name in ("torch", "peft")}
     where = {"commit": here, "dirty": dirty, "versions": versions, "machine": provenance.machine()}
-    return {"rows": rows, "compile_seconds": compiles, "rounds": rounds, "batch": [ROWS, TIME], **where}
+    return {
+        "rows": rows,
+        "compile_seconds": compiles,
+        "rounds": rounds,
+        "batch": [ROWS, TIME],
+        "cache_row_bytes": cache_row,
+        **where,
+    }
 
 
 def row(side: Side) -> dict[str, Any]:
     seconds = statistics.median(s["seconds"] for s in side.steps)
     found = {
         "seconds": seconds,
-        "tokens_per_second": ROWS * TIME / seconds,
+        "tokens_per_second": side.facts.get("tokens", ROWS * TIME) / seconds,
         "peak_bytes": max(s["peak"] for s in side.steps) - side.facts["baseline"],
         "losses": [s["loss"] for s in side.steps],
     }
@@ -261,7 +302,8 @@ def report(result: dict[str, Any]) -> str:
     kept, every, plain = rows["ours"], rows["ours-checkpointed"], rows["peft"]
     rest = every["peak_bytes"] - every["weight_bytes"] - every["temporary_bytes"]
     reached = every["speed_ratio"] >= 1.1 and every["memory_ratio"] <= 0.5
-    full, matmuls = rows["full"], rows["matmuls"]["seconds"]
+    full, matmuls, prefix = rows["full"], rows["matmuls"]["seconds"], rows["prefix"]
+    write, longer = rows["write"], rows["write-prefix"]
 
     def gb(number: float) -> str:
         return f"{number / 1e9:.2f} GB"
@@ -282,6 +324,13 @@ def report(result: dict[str, Any]) -> str:
         f"{gb(rest)} the runtime's and the compiler's.",
         f"LoRA against full fine-tuning, the same step: {full['seconds'] / every['seconds']:.2f}x the throughput in",
         f"{every['peak_bytes'] / full['peak_bytes']:.2f}x of the memory.",
+        f"A prefix with as many trained numbers ({prefix['trained']:,}) against LoRA:",
+        f"{every['seconds'] / prefix['seconds']:.2f}x the throughput in",
+        f"{prefix['peak_bytes'] / every['peak_bytes']:.2f}x of the memory; against full fine-tuning,",
+        f"{full['seconds'] / prefix['seconds']:.2f}x in {prefix['peak_bytes'] / full['peak_bytes']:.2f}x.",
+        f"Behind it, {NEW} tokens are written in {longer['seconds'] / write['seconds']:.2f}x of the time, with",
+        f"{(longer['temporary_bytes'] - write['temporary_bytes']) / 1e6:.1f} MB more of temporaries, where its cache",
+        f"rows are {result['cache_row_bytes'] * PREFIX / 1e6:.1f} MB.",
         f"Compiling the checkpointed step takes {compiling}.",
     ]
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
