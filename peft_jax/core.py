@@ -85,8 +85,8 @@ class Spec:
     layer of a stacked leaf; `stacked(path)` says whether the leaf's first axis is layers.  `tensors` is the source
     checkpoint's table (`peft_jax.models.tensors.Tensor`), empty where there is none; `tied` lists the source's modules
     that reuse an embedding's table, each with that embedding: ``("lm_head", "model.embed_tokens")``.  `embedding` is
-    where the tokens' embedding lies; `positions` is what is left of them for real tokens; `labels` is how many a head
-    chooses from, 0 where it chooses from the vocabulary.
+    where the tokens' embedding lies, and `embedding_scale` what the model multiplies its rows by; `positions` is what
+    is left of them for real tokens; `labels` is how many a head chooses from, 0 where it chooses from the vocabulary.
 
     An encoder-decoder model has `start`, the tokens that its decoder begins with, `decoder_positions`, and
     `attentions`: (layers, kv_heads, head_dim) of its ``encoder``, its ``decoder`` and its ``cross`` attention, from the
@@ -110,6 +110,7 @@ class Spec:
     tensors: tuple[Any, ...] = ()
     tied: tuple[tuple[str, str], ...] = ()
     embedding: Path = ()
+    embedding_scale: float = 1.0
     cache: Callable[..., Any] | None = None  # cache(batch, length, dtype) -> an empty key-value cache
 
 

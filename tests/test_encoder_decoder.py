@@ -310,6 +310,28 @@ def test_three_prefixes_equal_torch(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
+def test_a_prompt_of_words_is_those_words(name: str) -> None:
+    base, plain = ours(name)
+    words = [5, 9, 7]
+    params, forward = methods.prompt_tuning(3, text=words)(KEY, base, plain)
+    read = np.concatenate([np.tile(np.array([words], np.int32), (3, 1)), SOURCE], 1)
+    close(
+        run(params, forward, Inputs(SOURCE, decoder_tokens=TEXT)), run(base, plain, Inputs(read, decoder_tokens=TEXT))
+    )
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_padding_on_either_side_says_the_same(name: str) -> None:
+    params, forward = pj.chain(methods.prompt_tuning(3), methods.prefix_tuning(4, hidden=None))(KEY, *ours(name))
+    shift = lambda x: np.stack([np.roll(row, 11 - n) for row, n in zip(x, MASK.sum(1), strict=True)])  # noqa: E731
+    left = Inputs(shift(SOURCE), mask=shift(MASK), decoder_tokens=TEXT, decoder_mask=REAL)
+    found = run(params, forward)
+    close(run(params, forward, left)[REAL], found[REAL], atol=1e-4)
+    short = Inputs(SOURCE[1:2, :6], decoder_tokens=TEXT[1:2])
+    close(run(params, forward, short), found[1:2], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
 def test_generating_equals_the_whole_forward(name: str, kind: str) -> None:
     method = methods.prompt_tuning(4) if kind == "prompt" else methods.prefix_tuning(4, hidden=None)

@@ -112,7 +112,7 @@ def prompt_tuning(
         if start == "uniform" and labels is None and text is None:
             width = forward.spec.width
             return put(params, name, Prompt(_uniform(keys, (length, width)).astype(dtype), name))
-        table = trees.leaves(params)[forward.spec.embedding]
+        table, scale = trees.leaves(params)[forward.spec.embedding], forward.spec.embedding_scale
         vocab = table.shape[0]
         if text is not None:
             value = embed(_ids(np.resize(np.asarray(text), length), vocab), table)
@@ -124,7 +124,7 @@ def prompt_tuning(
             value = embed(drawn, table)
             for row, label in enumerate(labels or ()):
                 value = value.at[row].set(jnp.mean(embed(_ids(label, vocab), table), axis=0))
-        return put(params, name, Prompt(value.astype(dtype), name))
+        return put(params, name, Prompt((value * jnp.asarray(scale, value.dtype)).astype(dtype), name))
 
     def wrap(forward: Forward) -> Forward:
         need("prompt", forward, length)

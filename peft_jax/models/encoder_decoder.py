@@ -177,6 +177,7 @@ def encoder_decoder(
         tensors=tuple(tensors),
         tied=(("lm_head", ".".join(shared[:-1])),) if c.tied else (),
         embedding=shared,
+        embedding_scale=c.embedding_scale,
         cache=cache,
     )
     return Forward(features, head, spec)
