@@ -19,7 +19,6 @@ from jaxtyping import Array
 from peft_jax.core import Forward, Params
 from peft_jax.layers import Embed, LayerNorm, Linear, activation, run_layers
 from peft_jax.models.encoder_decoder import (
-    PORTS,
     Attention,
     Caches,
     Sight,
@@ -36,7 +35,6 @@ UNUSED = ""
 OFFSET = 2  # rows of the table of positions that stand for none
 EPSILON = 1e-5
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
-__all__ = ["HEADS", "MODEL_TYPES", "PORTS", "UNUSED", "Config", "build", "init", "read_config", "tensors"]
 
 
 @dataclasses.dataclass(frozen=True)

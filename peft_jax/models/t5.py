@@ -24,7 +24,6 @@ from jaxtyping import Array, Float
 from peft_jax.core import Forward, Params
 from peft_jax.layers import Embed, Linear, RMSNorm, activation, run_layers
 from peft_jax.models.encoder_decoder import (
-    PORTS,
     Attention,
     Caches,
     Sight,
@@ -38,7 +37,6 @@ from peft_jax.sequence import Sequence
 MODEL_TYPES = ("t5",)
 HEADS: tuple[str, ...] = ()
 UNUSED = r"EncDecAttention\.relative_attention_bias"  # old checkpoints hold one that nothing reads
-__all__ = ["HEADS", "MODEL_TYPES", "PORTS", "UNUSED", "Config", "build", "init", "read_config", "tensors"]
 
 
 @dataclasses.dataclass(frozen=True)
