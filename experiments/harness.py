@@ -30,7 +30,7 @@ from peft_jax import training
 from peft_jax.training.losses import Batch
 from peft_jax.training.step import Step
 
-TABLES = ("lora_ablation", "prompt_ablation")  # each is a module of this package with a TABLE
+TABLES = ("lora_ablation", "prompt_ablation", "p_tuning_v2_tasks")  # each is a module of this package with a TABLE
 RESULTS = Path(__file__).parent / "results"
 KINDS = ("train", "evaluate")  # of work
 
@@ -77,12 +77,14 @@ class Part:
 
     figures     by row, what the paper prints for it, by heading
     stands_for  by row, the paper's own row where ours is not the same
+    metrics     of these rows, where they are not the profile's
     """
 
     title: str
     rows: tuple[Any, ...]
     figures: Mapping[str, Mapping[str, float]]
     stands_for: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    metrics: tuple[Metric, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +110,10 @@ class Profile:
     def rows(self) -> dict[str, Any]:
         """All rows by name, each once."""
         return {row.name: row for part in self.parts for row in part.rows}
+
+    def measures(self, part: Part) -> tuple[Metric, ...]:
+        """What is measured of a part's rows."""
+        return part.metrics or self.metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,7 +270,8 @@ def run(
         }
         written.append(path_of(results, table, profile_name, row, seed))
         write(written[-1], rounded(result))
-        shown = ", ".join(f"{m.heading} {outcome.metrics[m.name]:.{m.digits}f}" for m in profile.metrics)
+        measures = profile.measures(next(part for part in profile.parts if row in part.rows))
+        shown = ", ".join(f"{m.heading} {outcome.metrics[m.name]:.{m.digits}f}" for m in measures)
         say(f"{number}/{len(pending)} {row.name}, seed {seed}: {shown} ({result['seconds']:.0f} s)")
     return written
 

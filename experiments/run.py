@@ -17,11 +17,12 @@ def listing(table: harness.Table, profile_name: str, results: Path = RESULTS) ->
     """The rows of a profile: matrices, cost of a run, and which seeds are finished."""
     profile = table.profiles[profile_name]
     done = harness.read(results, table, profile_name)
-    lines = [f"{'row':<16}{'training':>12}{'evaluation':>12}  finished seeds (places a run)"]
+    wide = max(16, *(len(name) + 1 for name in profile.rows))
+    lines = [f"{'row':<{wide}}{'training':>12}{'evaluation':>12}  finished seeds (places a run)"]
     for name, row in profile.rows.items():
         train, evaluate = profile.places(profile.settings, row)
         seeds = ", ".join(str(seed) for row_name, seed in sorted(done) if row_name == name)
-        lines.append(f"{name:<16}{train:>12,}{evaluate:>12,}  {seeds or 'none'}")
+        lines.append(f"{name:<{wide}}{train:>12,}{evaluate:>12,}  {seeds or 'none'}")
     pending = [(row, s) for name, row in profile.rows.items() for s in profile.seeds if (name, s) not in done]
     return "\n".join([*lines, harness.estimate(profile, pending, list(done.values()))])
 

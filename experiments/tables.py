@@ -17,7 +17,7 @@ import statistics
 from pathlib import Path
 
 from experiments import bench, harness
-from experiments.harness import RESULTS, TABLES, Part, Profile, Result, Table
+from experiments.harness import RESULTS, TABLES, Metric, Part, Profile, Result, Table
 from experiments.provenance import ROOT
 
 README = ROOT / "README.md"
@@ -53,23 +53,23 @@ def markdown(table: Table, name: str, results: Results, image: str) -> str:
 
 
 def part_lines(part: Part, profile: Profile, results: Results) -> list[str]:
-    columns = headings(part)
-    head = ["row", "trainable", *(m.heading for m in profile.metrics), "s a run", "peak, GB", *columns]
+    columns, metrics = headings(part), profile.measures(part)
+    head = ["row", "trainable", *(m.heading for m in metrics), "s a run", "peak, GB", *columns]
     lines = [f"{part.title}", "", f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for row in part.rows:
         found = [results[row.name, seed] for seed in profile.seeds if (row.name, seed) in results]
         label = f"{row.name} (paper: {part.stands_for[row.name]})" if row.name in part.stands_for else row.name
-        cells = [label, *(["not run"] + [""] * (len(profile.metrics) + 2) if not found else measured(found, profile))]
+        cells = [label, *(["not run"] + [""] * (len(metrics) + 2) if not found else measured(found, metrics))]
         if 0 < len(found) < len(profile.seeds):
             cells[0] += f" ({len(found)} of {len(profile.seeds)} seeds)"
         lines.append(f"| {' | '.join([*cells, *(figure(part, row.name, column) for column in columns)])} |")
     return lines
 
 
-def measured(found: list[Result], profile: Profile) -> list[str]:
-    metrics = [spread([r["metrics"][m.name] for r in found], m.digits) for m in profile.metrics]
+def measured(found: list[Result], metrics: tuple[Metric, ...]) -> list[str]:
+    means = [spread([r["metrics"][m.name] for r in found], m.digits) for m in metrics]
     seconds, peak = statistics.mean(r["seconds"] for r in found), max(r["peak_bytes"] for r in found)
-    return [f"{found[0]['trainable']:,}", *metrics, f"{seconds:.0f}", f"{peak / 1e9:.2f}"]
+    return [f"{found[0]['trainable']:,}", *means, f"{seconds:.0f}", f"{peak / 1e9:.2f}"]
 
 
 def headings(part: Part) -> list[str]:
@@ -118,11 +118,11 @@ def plot(table: Table, name: str, results: Results, path: Path, made_from: str) 
     from matplotlib import pyplot
 
     profile = table.profiles[name]
-    width = max(len(profile.metrics) + len(headings(part)) for part in profile.parts)
+    width = max(len(profile.measures(part)) + len(headings(part)) for part in profile.parts)
     size = (3.2 * width, 2.6 * len(profile.parts))
     figure, grid = pyplot.subplots(len(profile.parts), width, figsize=size, squeeze=False, layout="constrained")
     for part, axes in zip(profile.parts, grid, strict=True):
-        panels = [(m.heading, ours(part, profile, results, m.name), "C0") for m in profile.metrics]
+        panels = [(m.heading, ours(part, profile, results, m.name), "C0") for m in profile.measures(part)]
         panels += [(f"paper, {h}", paper(part, h), "0.4") for h in headings(part)]
         for (heading, points, colour), panel in zip(panels, axes, strict=False):
             for place, values in enumerate(points):
@@ -151,7 +151,10 @@ def ours(part: Part, profile: Profile, results: Results, metric: str) -> list[li
 
 
 def paper(part: Part, heading: str) -> list[list[float]]:
-    return [[figures[heading]] if heading in figures else [] for figures in (part.figures[r.name] for r in part.rows)]
+    return [
+        [figures[heading]] if heading in figures else []
+        for figures in (part.figures.get(r.name, {}) for r in part.rows)
+    ]
 
 
 def made_from(path: Path) -> str:

@@ -10,7 +10,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from toy_table import Settings, toy
+from toy_table import Row, Settings, toy
 
 import peft_jax as pj
 from experiments import harness, tables
@@ -169,6 +169,21 @@ def test_tables_say_what_the_results_say(go, repository):
     readme.write_text("<!-- table:other -->\n<!-- /table -->")
     with pytest.raises(ValueError, match="has a place for the table 'other/laptop': choose from toy/laptop"):
         tables.update([toy()], results, readme)
+
+
+def test_a_part_may_have_measures_of_its_own(go, repository):
+    table = toy()
+    profile = table.profiles["laptop"]
+    first, second = profile.parts
+    own = dataclasses.replace(second, rows=(Row("tall", 5),), metrics=(harness.Metric("loss", "regret", 2),))
+    table = dataclasses.replace(table, profiles={"laptop": dataclasses.replace(profile, parts=(first, own))})
+    _, said = go(table, seeds=(0,))
+    assert "wide, seed 0: score, % 30.0, loss, nats 0.333 (" in said and "tall, seed 0: regret 0.20 (" in said
+    results = repository / "experiments" / "results"
+    tables.update([table], results, repository / "README.md")
+    text = (results / "toy" / "laptop.md").read_text()
+    assert text.count("| score, % | loss, nats |") == 1 and "| row | trainable | regret | s a run |" in text
+    assert "| tall (1 of 3 seeds) | 40 | 0.20 |" in text
 
 
 def test_checked_in_tables_are_those_of_their_results(capsys):
