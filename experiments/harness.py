@@ -30,7 +30,7 @@ from peft_jax import training
 from peft_jax.training.losses import Batch
 from peft_jax.training.step import Step
 
-TABLES = ("lora_ablation", "prompt_ablation")  # each is a module of this package with a TABLE
+TABLES = ("lora_ablation", "prompt_ablation", "prefix_ablation")  # each is a module of this package with a TABLE
 RESULTS = Path(__file__).parent / "results"
 KINDS = ("train", "evaluate")  # of work
 
