@@ -29,6 +29,7 @@ import optax
 import peft_jax as pj
 from experiments import restaurants
 from experiments.harness import Metric, Outcome, Part, Profile, Speed, Table, Work, train
+from experiments.prefix_paper import PAPER
 from peft_jax import Forward, Method, methods, training
 from peft_jax.training.step import Step
 
@@ -177,7 +178,7 @@ LAPTOP = Profile(
 TABLE = Table(
     "prefix_ablation",
     "Prefix tuning: length, place, and few examples",
-    "Li & Liang 2021, [arXiv 2101.00190](https://arxiv.org/abs/2101.00190) v1, Tables 1 and 4; its Figures 3 and 4 "
-    "print curves and no numbers",
-    {"laptop": LAPTOP},
+    "Li & Liang 2021, [arXiv 2101.00190](https://arxiv.org/abs/2101.00190) v1, Tables 1, 2 and 4, WebNLG and DART as "
+    "microsoft/LoRA's README quotes them; its Figures 3 and 4 print curves and no numbers",
+    {"laptop": LAPTOP, "paper": PAPER},
 )

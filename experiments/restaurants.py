@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments import scores
+from experiments import e2e, scores
 from experiments.data import bigbench, smollm2
+from experiments.writing import write
 from peft_jax import Forward, models, training
 from peft_jax.models import Model
-from peft_jax.models.generation import pad_left
 from peft_jax.training.data import Rows
 
 WRITTEN = {  # where an attribute's value does not say what it is
@@ -95,14 +95,13 @@ def split(found: dict[str, list[Example]], counts: Sequence[int], length: int, s
 
 
 def rows(examples: Sequence[Example], length: int, infix: bool) -> Rows:
-    """One example a row; only the sentence and its end are learnt.  With `infix`, each row says where its prompt's last
-    token is: before it an infix stands."""
+    """One example a row; only the sentence and its end are learnt."""
     weighed = [
         {"tokens": e.tokens, "weights": [0.0] * len(e.prompt) + [1.0] * (len(e.tokens) - len(e.prompt))}
         for e in examples
     ]
-    where = {"infix": np.array([len(e.prompt) - 1 for e in examples], np.int32)} if infix else {}
-    return training.pad(weighed, length) | where
+    found = training.pad(weighed, length)
+    return e2e.infixed(found) if infix else found
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -143,35 +142,14 @@ class Score(NamedTuple):
 
 
 def score(forward: Forward, params: Any, s: Any, tokenizer: Any, part: Split, infix: bool = False) -> Score:
-    """The loss of `s.sentences` examples; BLEU and ROUGE-L of what is written for each set of attributes."""
+    """The loss of `s.sentences` examples; BLEU and ROUGE-L of what is written greedily for each set of attributes, up
+    to the end of a line."""
     batches = training.batches(rows(part.examples[: s.sentences], s.length, infix), s.size)
     loss = training.evaluate(forward, params, batches)["loss"]
-    new = write(forward, params, s, tokenizer, part.prompts, infix)
-    texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in new]
+    ends = tokenizer(END)["input_ids"]
+    texts, written = write(
+        forward, params, tokenizer, part.prompts, s.size, ends=ends, infix=infix, max_new_tokens=s.new_tokens
+    )
     references = list(part.references.values())
     metrics = {"bleu": scores.bleu(texts, references), "rouge": scores.rouge_l(texts, references), "loss": loss}
-    read = int(batches.rows["mask"].sum()) + sum(map(len, part.prompts))
-    return Score(metrics, read + sum(map(len, new)))
-
-
-def write(
-    forward: Forward, params: Any, s: Any, tokenizer: Any, prompts: Sequence[list[int]], infix: bool
-) -> list[list[int]]:
-    """The tokens written greedily after each prompt up to the end of a line, `s.size` prompts at a time."""
-    (end,) = tokenizer(END)["input_ids"]
-    written: list[list[int]] = []
-    for start in range(0, len(prompts), s.size):
-        given = list(prompts[start : start + s.size])
-        tokens, mask = pad_left(given + [given[-1]] * (s.size - len(given)))  # one shape for all
-        new = models.generate_tokens(
-            forward,
-            params,
-            tokens,
-            mask,
-            max_new_tokens=s.new_tokens,
-            eos_id=[end, tokenizer.eos_token_id],
-            pad_id=-1,
-            infix=mask.sum(1) - 1 if infix else None,
-        )
-        written += [[token for token in row if token >= 0] for row in np.asarray(new)[: len(given)].tolist()]
-    return written
+    return Score(metrics, int(batches.rows["mask"].sum()) + sum(map(len, part.prompts)) + written)
