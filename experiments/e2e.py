@@ -75,7 +75,7 @@ def rows(pairs: Sequence[Pair], tokenizer: Any, longest: int, multiple: int = 32
 
 
 def infixed(rows: Rows) -> Rows:
-    """Rows that say where an infix stands (Li & Liang 2021, arXiv:2101.00190, section 7.2): before the last token that
+    """Rows that say where an infix stands (Li & Liang 2021, arXiv:2101.00190, section 7.3): before the last token that
     nothing is learnt of, which parts what is given from what is written."""
     return rows | {"infix": np.argmax(rows["weights"] > 0, axis=1).astype(np.int32)}
 

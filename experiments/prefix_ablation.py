@@ -3,7 +3,10 @@
 Paper: Li & Liang 2021, "Prefix-Tuning", https://arxiv.org/abs/2101.00190, Figure 4 (length), Table 4 (embedding-only
 and infix) and section 6.3 (low data), on GPT-2 medium and E2E NLG; code XiangLi1999/PrefixTuning.
 
+    make data-tables                                     what the laptop profile reads
     python -m experiments.run prefix_ablation            laptop: 48 runs, about 35 minutes on two CPU cores
+    python -m experiments.run prefix_ablation --profile paper [--model PATH] --data PATH
+                                                         paper: `experiments.prefix_paper`
     python -m experiments.tables                         the tables, from the results
 
 laptop   SmolLM2-135M writes a sentence from a restaurant's attributes (`experiments.restaurants`, which says what is

@@ -10,8 +10,8 @@ import numpy as np
 import optax
 import pytest
 import torch
+import toy_tokenizer
 import transformers
-from tiny import byte_tokenizer
 
 import peft_jax as pj
 from experiments import e2e, harness, lora_ablation, run, sentiment
@@ -169,7 +169,7 @@ def folder(tmp_path_factory):
     )
     torch.manual_seed(0)
     transformers.GPT2LMHeadModel(config).save_pretrained(folder / "gpt2-tiny")
-    byte_tokenizer().save_pretrained(folder / "gpt2-tiny")
+    toy_tokenizer.gpt2().save_pretrained(folder / "gpt2-tiny")
     (folder / "e2e").mkdir()
     for name, lines in (("train", LINES), ("valid", LINES[2:]), ("test", LINES)):
         (folder / "e2e" / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

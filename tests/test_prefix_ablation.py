@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 import torch
+import toy_tokenizer
 import transformers
-from tiny import byte_tokenizer
 
 import peft_jax as pj
 from experiments import data, e2e, restaurants, scores
@@ -55,7 +55,7 @@ def folder(tmp_path_factory):
     )
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(config).save_pretrained(folder / "model")
-    byte_tokenizer().save_pretrained(folder / "model")
+    toy_tokenizer.gpt2().save_pretrained(folder / "model")
     examples = []
     for given in ATTRIBUTES:
         name, kind, place = (part.split(": ")[1] for part in given.split(", "))

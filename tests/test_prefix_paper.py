@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 import torch
+import toy_tokenizer
 import transformers
-from tiny import bracketing_tokenizer, byte_tokenizer
 
 import peft_jax as pj
 from experiments import harness, summaries, table_to_text
@@ -117,8 +117,8 @@ def test_files_of_another_format_are_refused(tmp_path, name, content, message):
 def test_articles_and_summaries_are_paired(data, tmp_path):
     pairs = summaries.read(data / "xsum", "valid")
     assert pairs == [("A long\x85article.", "Short."), ("Another one.", "Less.")]
-    rows = summaries.rows(pairs, bracketing_tokenizer(), 2, (9, 4))
-    text = bracketing_tokenizer().decode
+    rows = summaries.rows(pairs, toy_tokenizer.roberta(), 2, (9, 4))
+    text = toy_tokenizer.roberta().decode
     assert (
         text(rows["tokens"][1]) == "<s>Another</s>"
         and rows["mask"].sum() == 18
@@ -126,7 +126,7 @@ def test_articles_and_summaries_are_paired(data, tmp_path):
     )
     assert [text(row) for row in rows["targets"]] == ["<s>Sh</s>", "<s>Le</s>"]
     assert [text(row) for row in rows["decoder_tokens"]] == ["</s><s>Sh", "</s><s>Le"]
-    long = summaries.rows(pairs, bracketing_tokenizer(), 2, (32, 10))
+    long = summaries.rows(pairs, toy_tokenizer.roberta(), 2, (32, 10))
     assert long["weights"].sum(1).tolist() == [8, 7] and long["mask"].sum(1).tolist() == [18, 14]
     with pytest.raises(FileNotFoundError, match=r"val.source is not there: give the folder above xsum/"):
         summaries.read(tmp_path, "valid")
@@ -181,9 +181,9 @@ def folder(tmp_path_factory):
         vocab_size=257, n_positions=160, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0
     )
     transformers.GPT2LMHeadModel(gpt2).save_pretrained(folder / "gpt2-medium")
-    byte_tokenizer().save_pretrained(folder / "gpt2-medium")
+    toy_tokenizer.gpt2().save_pretrained(folder / "gpt2-medium")
     bart = transformers.BartConfig(
-        vocab_size=259,
+        vocab_size=261,
         max_position_embeddings=160,
         d_model=32,
         encoder_layers=2,
@@ -194,7 +194,7 @@ def folder(tmp_path_factory):
         decoder_ffn_dim=48,
     )
     transformers.BartForConditionalGeneration(bart).save_pretrained(folder / "bart-large")
-    bracketing_tokenizer().save_pretrained(folder / "bart-large")
+    toy_tokenizer.roberta().save_pretrained(folder / "bart-large")
     return folder
 
 
@@ -230,8 +230,11 @@ def test_table_rows_take_real_steps(folder, data):
 
 
 def test_summary_rows_take_real_steps(folder, data):
+    mlp = 5 * 32 + 32 * 8 + 8 + 9 * 2 * 2 * 32  # of each of three prefixes
+    found = outcome(folder, data, "xsum-prefix-5")
+    assert found.trainable == 3 * mlp and found.metrics["loss"] == pytest.approx(math.log(261), abs=0.4)
     found = outcome(folder, data, "xsum-full")
-    assert found.metrics["loss"] == pytest.approx(math.log(259), abs=0.4) and found.metrics["rouge"] >= 0
+    assert found.metrics["loss"] == pytest.approx(math.log(261), abs=0.4) and found.metrics["rouge"] >= 0
     whole = transformers.BartForConditionalGeneration.from_pretrained(folder / "bart-large")
     assert found.trainable == found.total == sum(x.numel() for x in whole.parameters())
 
