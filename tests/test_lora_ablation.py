@@ -10,9 +10,8 @@ import numpy as np
 import optax
 import pytest
 import torch
+import toy_tokenizer
 import transformers
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
 
 import peft_jax as pj
 from experiments import e2e, harness, lora_ablation, run, sentiment
@@ -165,16 +164,12 @@ LINES = [
 def folder(tmp_path_factory):
     """A tiny random GPT-2 with a tokenizer of bytes, and the data set's three files."""
     folder = tmp_path_factory.mktemp("paper")
-    alphabet = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    inner = Tokenizer(BPE({word: i for i, word in enumerate(alphabet)}, []))
-    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|endoftext|>")
     config = transformers.GPT2Config(
         vocab_size=257, n_positions=160, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0
     )
     torch.manual_seed(0)
     transformers.GPT2LMHeadModel(config).save_pretrained(folder / "gpt2-tiny")
-    tokenizer.save_pretrained(folder / "gpt2-tiny")
+    toy_tokenizer.gpt2().save_pretrained(folder / "gpt2-tiny")
     (folder / "e2e").mkdir()
     for name, lines in (("train", LINES), ("valid", LINES[2:]), ("test", LINES)):
         (folder / "e2e" / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A tokenizer of bytes with RoBERTa's special tokens, or T5's: what tiny models read in tests of the experiments."""
+"""A tokenizer of bytes with the special tokens of RoBERTa and BART, T5 or GPT-2: what tiny models read in tests."""
 
 import transformers
 from tokenizers import Tokenizer, decoders, pre_tokenizers
@@ -20,6 +20,11 @@ def t5():
     inner = _bytes(["<pad>", "</s>"], [])
     inner.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return _fast(inner, pad_token="<pad>", eos_token="</s>")
+
+
+def gpt2():
+    """<|endoftext|> 0; ``text``; 257 tokens."""
+    return _fast(_bytes(["<|endoftext|>"], []), eos_token="<|endoftext|>")
 
 
 def _bytes(special, merges):
