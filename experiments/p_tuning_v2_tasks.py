@@ -95,7 +95,7 @@ class Laptop:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tasks:
-    """A model's directory, and the tasks with their models (heads of seed 0) and rows."""
+    """A model's directory, and the tasks with their models, without parameters (each run reads its own), and rows."""
 
     source: Any
     models: dict[Task, Model]
@@ -116,7 +116,8 @@ def load(s: Laptop, source: str | None, folder: str | None, tasks: tuple[Task, .
     for task in TASKS if tasks is None else tasks:
         rows = encoder_tasks.prepare(task.name, tokenizer, task.length, task.steps * task.batch, task.held_out)
         print(f"{task.name}: {rows}, {task.length} tokens each, the same for every run")
-        found.data[task], found.models[task] = rows, read(place, task, rows.labels, 0)
+        found.data[task] = rows
+        found.models[task] = dataclasses.replace(read(place, task, rows.labels, 0), params=None)
     return found
 
 
@@ -155,6 +156,7 @@ def run(tasks: Tasks, s: Laptop, row: Row, seed: int) -> Outcome:
     params = method.init(key, read(tasks.source, task, data.labels, seed).params, model.forward)
     count = pj.count(params)
     state, frozen = training.init_state(params, tx, key)
+    del params  # the state holds what trains
     state, cost = train(step, state, frozen, training.batches(data.train, task.batch, seed).batch, task.steps)
     cost = cost._replace(places=places(s, row)[0])  # the prompt's are computed too
     params = pj.combine(state.trainables, frozen)

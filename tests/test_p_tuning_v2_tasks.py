@@ -67,10 +67,10 @@ def test_ways_train_what_they_say(folder, monkeypatch, name, way):
     (chosen,) = (w for w in table.WAYS if w.name == way)
     row = table.Row(task, dataclasses.replace(chosen, size=2 if way == "lora" else 4))
     tasks = table.load(s, None, None, (task,))
-    model = tasks.models[task]
-    everything = pj.count(pj.strip(model.params)).frozen
+    model, plain = tasks.models[task], table.read(tasks.source, task, tasks.data[task].labels, 0).params
+    everything = pj.count(pj.strip(plain)).frozen
 
-    params, _ = table.method_of(row.way, s, "bert")(jax.random.key(0), model.params, model.forward)
+    params, _ = table.method_of(row.way, s, "bert")(jax.random.key(0), plain, model.forward)
     entries = {key for key, part in pj.partition(params)[0].items() if jax.tree.leaves(part)}
     assert (
         entries
