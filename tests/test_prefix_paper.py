@@ -214,26 +214,21 @@ TINY = dataclasses.replace(
 
 def outcome(folder, data, name):
     sources = PAPER.load(TINY, str(folder), str(data))
-    row = {**PAPER.rows, "e2e-top-1": dataclasses.replace(PAPER.rows["e2e-top-2"], length=1)}[name]
-    return paper.run(sources, TINY, dataclasses.replace(row, batch=2), 0)
+    return paper.run(sources, TINY, dataclasses.replace(PAPER.rows[name], batch=2), 0)
 
 
-def test_table_rows_take_real_steps(folder, data):
-    mlp = lambda length: length * 32 + 32 * 8 + 8 + 9 * 2 * 2 * 32  # noqa: E731
-    top = 12 * 32**2 + 13 * 32 + 257 * 32 + 64
-    expected = {"e2e-infix-10": mlp(10), "e2e-top-1": top}
-    ran = {name: outcome(folder, data, name) for name in expected}
-    assert {name: found.trainable for name, found in ran.items()} == expected
-    for found in ran.values():
-        assert found.metrics["loss"] == pytest.approx(math.log(257), abs=0.4) and found.metrics["bleu"] >= 0
-        assert found.train.places > found.train.tokens > 0 and found.evaluate.tokens > 0
+def test_a_table_row_takes_real_steps(folder, data):
+    found = outcome(folder, data, "e2e-infix-10")
+    assert found.trainable == 10 * 32 + 32 * 8 + 8 + 9 * 2 * 2 * 32
+    assert found.metrics["loss"] == pytest.approx(math.log(257), abs=0.4) and found.metrics["bleu"] >= 0
+    assert found.train.places > found.train.tokens > 0 and found.evaluate.tokens > 0
 
 
-def test_summary_rows_take_real_steps(folder, data):
+def test_a_summary_row_takes_real_steps(folder, data):
     mlp = 5 * 32 + 32 * 8 + 8 + 9 * 2 * 2 * 32  # of each of three prefixes
     found = outcome(folder, data, "xsum-prefix-5")
     assert found.trainable == 3 * mlp and found.metrics["loss"] == pytest.approx(math.log(261), abs=0.4)
-    assert found.metrics["rouge"] >= 0 and found.evaluate.tokens > 0
+    assert found.metrics.keys() == {m.name for m in PAPER.parts[2].metrics} and found.evaluate.tokens > 0
 
 
 def test_a_row_is_run_and_recorded_by_the_harness(folder, data, tmp_path):
