@@ -443,9 +443,9 @@ def test_methods_train_together_in_either_order(name: str) -> None:
 
 def test_a_prefix_starts_from_another_tasks() -> None:
     base, plain = ours("bart")
-    method = methods.p_tuning_v2(4, hidden=None)
+    method = methods.p_tuning_v2(4, dropout=0.0)
     trained = check_training(*method(KEY, base, plain))
-    later, forward = methods.p_tuning_v2(4, start=trained)(jax.random.key(9), base, plain)
+    later, forward = methods.p_tuning_v2(4, dropout=0.0, start=trained)(jax.random.key(9), base, plain)
     assert same(later["ports"], trained["ports"])
     check_training(later, forward)
     for options, message in (
@@ -513,7 +513,7 @@ def test_bad_input_is_refused(tmp_path: Path) -> None:
     refused("are to be one or more for each of the 3 sources", generate, SOURCE, decoder_tokens=[[1]])
     refused("token id 48 is outside the vocabulary", generate, SOURCE, decoder_tokens=[[48]] * 3, max_new_tokens=4)
     params, _ = methods.prefix_tuning(4, hidden=None)(KEY, base, plain)
-    refused(r"stands before .*encoder.*, and HF PEFT's .* parts=\['decoder'\]", hf_peft.save, tmp_path, params)
+    refused(r"stands before .*encoder.*, and HF PEFT's .*parts=\['decoder'\]", hf_peft.save, tmp_path, params)
     params, _ = methods.lora(2, 2, "shared")(KEY, base, plain)
     refused("adapts model.shared, the embedding of both stacks", hf_peft.save, tmp_path, params)
     refused("a T5 encoder alone is not supported", t5.build, tf.T5Config(**T5, is_encoder_decoder=False))
