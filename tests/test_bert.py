@@ -374,7 +374,7 @@ def test_bad_input_is_refused() -> None:
         forward.features(params, Inputs(TOKENS, cache=object()), Ports())
     with pytest.raises(ValueError, match="packed rows cannot share one: pad them instead"):
         forward(params, Inputs(TOKENS, segments=np.ones_like(TOKENS)), Ports(prompt=jnp.zeros((2, 32))))
-    with pytest.raises(ValueError, match="a start from text reads it with a decoder's cache, which this model does not keep"):
+    with pytest.raises(ValueError, match="reads it with a decoder's cache, which this model does not keep"):
         methods.prefix_tuning(2, hidden=None, text=[3])(KEY, params, forward)
 
 

@@ -319,7 +319,7 @@ def quantised_weights(folder):
         (no_config, r"holds no config.json"),
         (a_broken_config, r"config.json is not JSON"),
         (an_index_that_leaves, r"points outside its folder, to ../elsewhere"),
-        (an_unknown_architecture, r"'mamba' is not supported: llama, mistral, qwen2, qwen3, gpt2, bert, roberta, t5, bart are"),
+        (an_unknown_architecture, r"'mamba' is not supported: llama, mistral, .*, t5, bart are"),
         (quantised_weights, r"quantised by awq"),
     ],
 )
