@@ -1,53 +1,34 @@
-"""``adapter_config.json`` of LoRA: which modules, which ranks and scales, and what is not supported.
+"""``adapter_config.json``: which modules it means, and what is not supported.
 
 Source: HF PEFT 0.21.2, tuners/lora/config.py; matching in tuners/tuners_utils.py (``check_target_module_exists``),
 utils/other.py (``get_pattern_key``, ``_set_trainable``).
 """
 
-import math
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 NOTHING_ADAPTED = "dummy-target-modules"  # HF PEFT's own word for an adapter of modules_to_save or biases alone
 
-# Fields that say nothing about the numbers (how the adapter was made, what was recorded of it), or are read elsewhere.
-UNDERSTOOD = """
-    alpha_pattern auto_mapping base_model_name_or_path bias corda_config ensure_weight_tying eva_config exclude_modules
-    fan_in_fan_out inference_mode init_lora_weights layers_pattern layers_to_transform loftq_config lora_alpha
-    lora_dropout lora_ga_config megatron_core modules_to_save peft_type peft_version qalora_group_size r rank_pattern
-    revision runtime_config target_modules task_type use_dora use_rslora
+# Fields of every kind that say nothing about the numbers, or are read in this file.
+COMMON = """
+    auto_mapping base_model_name_or_path bias exclude_modules fan_in_fan_out inference_mode layers_pattern
+    layers_to_transform modules_to_save peft_type peft_version revision target_modules task_type
 """
-PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # the base keeps its weights
-RESIDUAL_STARTS = ("pissa", "olora")  # the base loses what the adapter starts with, which can be computed again
 
 
-def check(config: Mapping[str, Any], where: str) -> None:
-    """Whether a config is of the kind that is read here.
+def check(config: Mapping[str, Any], fields: str, bias: str, where: str) -> None:
+    """Whether a config holds nothing but what is read: `fields` are the kind's own, `bias` its own bias mode.
 
     Raises:
-        ValueError: on another kind of adapter, or an option that would be passed over.
+        ValueError: on an option that would be passed over.
     """
-    kind = config["peft_type"]
-    if kind != "LORA":
-        raise ValueError(
-            f"{where} is an adapter of the type {kind}: LORA, PROMPT_TUNING and PREFIX_TUNING are supported"
-        )
     for option, value in config.items():
-        if option not in UNDERSTOOD.split() and value not in (None, False, [], {}):
+        if option not in (*COMMON.split(), *fields.split()) and value not in (None, False, [], {}):
             raise ValueError(f"{where} uses {option} ({value!r}), which is not supported")
-    start = config.get("init_lora_weights", True)
-    if start not in (*PLAIN_STARTS, *RESIDUAL_STARTS):
-        raise ValueError(
-            f"{where} was started by init_lora_weights={start!r}, which changes the base's weights so that they cannot "
-            "be computed again from the base alone: save it in HF PEFT as a plain LoRA "
-            "(save_pretrained(…, path_initial_model_for_weight_conversion=…)), or merge it there"
-        )
-    if config.get("bias", "none") not in ("none", "all", "lora_only"):
-        raise ValueError(f"{where} has bias={config['bias']!r}: none, all and lora_only are supported")
+    if config.get("bias", "none") not in ("none", "all", bias):
+        raise ValueError(f"{where} has bias={config['bias']!r}: none, all and {bias} are supported")
 
 
 # -- which modules ----------------------------------------------------------------------------------------------------
@@ -108,7 +89,7 @@ def shortest(adapted: Collection[str], modules: Collection[str]) -> list[str]:
     return sorted({short(module) for module in adapted})
 
 
-# -- ranks and scales -------------------------------------------------------------------------------------------------
+# -- numbers by module -------------------------------------------------------------------------------------------------
 
 
 def by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
@@ -118,51 +99,5 @@ def by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) ->
     return default
 
 
-def rank_and_scale(config: Mapping[str, Any], module: str) -> tuple[int, np.float32]:
-    """A module's rank, and α/r or α/√r.
-
-    Raises:
-        ValueError: if either is not a number that makes sense.
-    """
-    rank = by_pattern(config.get("rank_pattern"), module, config.get("r", 8))
-    alpha = by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank <= 0:
-        raise ValueError(f"the adapter's config gives {module} the rank {rank!r}")
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
-        raise ValueError(f"the adapter's config gives {module} the alpha {alpha!r}")
-    return rank, np.float32(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
-
-
-def scaling(adapted: Mapping[str, tuple[int, np.float32]]) -> dict[str, Any]:
-    """The fields of the config that give each module its rank and scale back, bit for bit.
-
-    A tree holds scales, not α: the config says rsLoRA where only that makes every α a whole number.
-    """
-    plain, rooted = ({m: _alpha(*pair, root) for m, pair in adapted.items()} for root in (False, True))
-    whole = [all(isinstance(alpha, int) for alpha in alphas.values()) for alphas in (plain, rooted)]
-    alphas = rooted if whole == [False, True] else plain
-    rank = _commonest([rank for rank, _ in adapted.values()], 8)
-    alpha = _commonest(list(alphas.values()), 8)
-    return {
-        "r": rank,
-        "lora_alpha": alpha,
-        "rank_pattern": {module: r for module, (r, _) in adapted.items() if r != rank},
-        "alpha_pattern": {module: a for module, a in alphas.items() if a != alpha},
-        "use_rslora": alphas is rooted,
-    }
-
-
-def _alpha(rank: int, scale: np.float32, root: bool) -> int | float:
-    """The simplest α that gives this very scale."""
-    divisor = math.sqrt(rank) if root else rank
-    exact = float(scale) * divisor
-    if not math.isfinite(exact):
-        raise ValueError(f"an adapter's scale is {scale}, which no config can hold")
-    for alpha in (round(exact), round(exact, 6)):
-        if np.float32(alpha / divisor) == scale:
-            return alpha
-    return exact
-
-
-def _commonest(values: Sequence[Any], default: Any) -> Any:
+def commonest(values: Sequence[Any], default: Any) -> Any:
     return Counter(values).most_common(1)[0][0] if values else default

@@ -9,20 +9,21 @@ import numpy as np
 from peft_jax import trees
 from peft_jax.core import Params
 from peft_jax.interop.hf_peft import config as configs
+from peft_jax.interop.hf_peft.kinds import Kind, Shapes
 from peft_jax.interop.hf_peft.names import PREFIX, Names, Source
 from peft_jax.weights import is_weight
 
-Shapes = dict[str, tuple[int, ...]]  # by the tensor's full name
-
 
 class Contract(NamedTuple):
-    """The tensors of each adapted module; and by their full names, the source's tensors that are trained whole."""
+    """The tensors of each adapted module, and those of none; and by their full names, the source's tensors that are
+    trained whole."""
 
     adapted: dict[str, Shapes]
+    shared: Shapes
     whole: dict[str, Source]
 
 
-def draw_up(config: Mapping[str, Any], names: Names) -> Contract:
+def draw_up(config: Mapping[str, Any], names: Names, kind: Kind) -> Contract:
     """What a config promises of this model.
 
     Raises:
@@ -45,25 +46,9 @@ def draw_up(config: Mapping[str, Any], names: Names) -> Contract:
     for source in names.sources.values():
         if source.bias and PREFIX + source.name not in whole:
             inside = ".base_layer" if source.module in modules else ""
-            if config.get("bias") == "all" or (config.get("bias") == "lora_only" and inside):
+            if config.get("bias") == "all" or (config.get("bias") == kind.bias and inside):
                 whole[f"{PREFIX}{source.module}{inside}.bias"] = source
-    return Contract({module: _shapes(module, config, names) for module in modules}, whole)
-
-
-def _shapes(module: str, config: Mapping[str, Any], names: Names) -> Shapes:
-    rank, _ = configs.rank_and_scale(config, module)
-    at, source = f"{PREFIX}{module}.", names.matrices[names.tied.get(module, module)]
-    inputs, outputs = (source.outputs, source.inputs) if module in names.tied else (source.inputs, source.outputs)
-    a, b = keys_of(module, names)
-    shapes: Shapes = {a: (rank, inputs), b: (outputs, rank)}
-    return shapes | ({f"{at}lora_magnitude_vector": (outputs,)} if config.get("use_dora") else {})
-
-
-def keys_of(module: str, names: Names) -> tuple[str, str]:
-    """The full names of a module's A and B."""
-    look_up = module in names.matrices and names.matrices[module].embedding
-    ends = ("lora_embedding_A", "lora_embedding_B") if look_up else ("lora_A.weight", "lora_B.weight")
-    return f"{PREFIX}{module}.{ends[0]}", f"{PREFIX}{module}.{ends[1]}"
+    return Contract(*kind.wanted(modules, config, names), whole)
 
 
 def tied_apart(head: str, embedding: str, what: str) -> str:
@@ -90,6 +75,7 @@ def compare(
     for module, shapes in contract.adapted.items():
         where = names.matrices[names.tied.get(module, module)].where
         wanted |= {key: (shape, where) for key, shape in shapes.items()}
+    wanted |= {key: (shape, "all its layers") for key, shape in contract.shared.items()}
     for key, (shape, where) in wanted.items():
         if key in tensors and tensors[key].shape != shape:
             raise ValueError(

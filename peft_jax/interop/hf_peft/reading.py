@@ -14,7 +14,7 @@ from peft_jax.methods.dora import DoRA, column_norms
 from peft_jax.methods.lora import LoRA
 from peft_jax.methods.pissa import Residual
 from peft_jax.ports import Stored
-from peft_jax.weights import Leaf, Unfrozen, base_of, is_weight, materialise
+from peft_jax.weights import Leaf, Unfrozen, base_of, innermost, is_weight, materialise
 
 
 class Term(NamedTuple):
@@ -71,17 +71,22 @@ def one_of_a_stack(params: Params, adapter: str | None) -> Params:
     return chosen
 
 
+def refuse_holes(params: Params) -> None:
+    """Raises on half of a partition."""
+    for path, leaf in trees.leaves(params).items():
+        lost = [w for w in trees.weights(leaf) if any(getattr(w, field) is None for field in w.trains)]
+        bottom = innermost(leaf)
+        if lost or (hasattr(bottom, "base") and not isinstance(bottom, Unfrozen)):
+            raise ValueError(f"{'/'.join(path)} has holes: combine the two halves of the partition first")
+
+
 def read_leaf(path: Path, leaf: Leaf) -> Read:
     """What a leaf holds.
 
     Raises:
-        ValueError: on a leaf that the format cannot hold, or half of one.
+        ValueError: on a leaf that the format cannot hold.
     """
     where, terms, magnitude = "/".join(path), [], None
-    if any(
-        getattr(w, name, w) is None for w in trees.weights(leaf) for name in ("a", "b", "scale", "magnitude", "value")
-    ):
-        raise ValueError(f"{where} has holes: combine the two halves of the partition first")
     if isinstance(leaf, DoRA):
         magnitude, leaf = np.atleast_2d(np.asarray(leaf.magnitude)), leaf.base
     while type(leaf) in (LoRA, Residual):
@@ -102,11 +107,6 @@ def _used(a: np.ndarray, b: np.ndarray, scale: np.float32) -> int:
     """The rank of a product padded with zeros; 0 where its scale is."""
     used = np.any(a != 0, 0) & np.any(b != 0, 1)
     return int(used.nonzero()[0].max(initial=-1)) + 1 if scale else 0
-
-
-def trains(read: Read, layer: int | None) -> bool:
-    """Whether a layer of the leaf is trained whole."""
-    return isinstance(read.base, Unfrozen) and (read.base.layers is None or layer in read.base.layers)
 
 
 def adapter_of(source: Source, read: dict[Path, Read]) -> Adapter | None:
@@ -158,18 +158,3 @@ def _magnitude(source: Source, read: dict[Path, Read], adapted: list[bool]) -> n
             magnitude = np.atleast_2d(np.asarray(column_norms(materialise(read[part.path].base))))
         pieces.append(magnitude[part.layer or 0])
     return np.concatenate(pieces)
-
-
-def value_of(source: Source, read: dict[Path, Read]) -> np.ndarray:
-    """A tensor as the source holds it, adapters apart."""
-    pieces = []
-    for part in source.parts:
-        leaf = read[part.path].base
-        if is_weight(leaf) and not isinstance(leaf, Unfrozen):
-            raise ValueError(
-                f"{source.where} is a {type(leaf).__name__} in a module that trains whole: HF PEFT needs plain values"
-            )
-        array = np.asarray(materialise(leaf))
-        pieces.append(array if part.layer is None else array[part.layer])
-    whole = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, -1)
-    return np.ascontiguousarray(whole.T if source.transpose else whole)
