@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from peft_jax.core import Ports
+from peft_jax import trees
+from peft_jax.core import Params, Ports
 from peft_jax.weights import Leaf, embed, linear
 
 normal = nn.initializers.normal(0.02)
@@ -18,8 +19,15 @@ normal = nn.initializers.normal(0.02)
 def leaf(module: nn.Module, name: str, init: Callable[..., Array], shape: tuple[int, ...]) -> Leaf:
     """A parameter that may be a typed leaf.  `nn.Module.param` would compare the leaf's first array with `shape`."""
     if module.has_variable("params", name):
-        return module.get_variable("params", name)
+        return trees.fill(module.get_variable("params", name), module.get_variable("shared", name, {}))
     return module.param(name, init, shape, jnp.float32)
+
+
+def variables(params: Params) -> dict[str, Params]:
+    """What a module's `apply` is given: "params", which `run_layers` slices by layer, and "shared", which it does not:
+    what the layers of a leaf share, at the leaf's own path, where `leaf` finds it."""
+    sliced, shared = trees.unshare(params)
+    return {"params": sliced, "shared": shared}
 
 
 class Linear(nn.Module):

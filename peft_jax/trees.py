@@ -196,9 +196,9 @@ def claim(name: str, params: Params) -> None:
         raise ValueError(f"a method named {name!r} is already applied: give this one another name=")
 
 
-def weights(params: Params) -> list[Weight]:
+def weights(params: Params) -> list[Any]:
     """Every `Weight` of the tree, nested ones included."""
-    found: list[Weight] = []
+    found: list[Any] = []
     map_weights(lambda w: (found.append(w), w)[1], params)  # type: ignore[func-returns-value]
     return found
 
@@ -215,6 +215,52 @@ def bare(forward: Forward, name: str) -> Forward:
     For leaves trained whole that no rule reads: norms, biases, heads.
     """
     return forward.rewritten(lambda params, ports: (rewrite(params, name, lambda path, w: materialise(w)), ports))
+
+
+# -- what layers share ------------------------------------------------------------------------------------------------
+
+Shared = Mapping[str, Mapping[str, Array]]  # by the method's name, then by the leaf's field
+
+
+def share(params: Params) -> Params:
+    """The tree for one call: each leaf has what its layers share (`Weight.shares`) from ``params["methods"]``.
+
+    Idempotent, and without a copy: the same array is in every leaf.
+
+    Raises:
+        ValueError: if the tree lacks it.
+    """
+    kept: Shared = params.get("methods", {}) if isinstance(params, Mapping) else {}
+    return map_leaves(lambda path, leaf: fill(leaf, kept), params)
+
+
+def fill(leaf: Leaf, shared: Shared) -> Leaf:
+    """A leaf with what its layers share."""
+
+    def give(w: Any) -> Weight:
+        if w.shares and w.name not in shared:
+            raise ValueError(f"the tree lacks methods/{w.name}, which its leaves share: give the method's whole tree")
+        return dataclasses.replace(w, **{field: shared[w.name][field] for field in w.shares}) if w.shares else w
+
+    return map_weights(give, leaf)
+
+
+def unshare(params: Params) -> tuple[Params, PyTree[Shared]]:
+    """The inverse of `fill`, leaf by leaf: what a scan may slice by layer, and in a tree like it what it may not."""
+
+    def without(w: Any) -> Weight:
+        return dataclasses.replace(w, **dict.fromkeys(w.shares))
+
+    def shared(leaf: Any) -> Shared:
+        return {w.name: {field: getattr(w, field) for field in w.shares} for w in weights(leaf) if w.shares}
+
+    return map_weights(without, params), jax.tree.map(shared, params, is_leaf=is_weight)
+
+
+def layer(leaf: Leaf, index: int) -> Leaf:
+    """One layer of a stacked leaf."""
+    sliced, shared = unshare(leaf)
+    return fill(jax.tree.map(lambda x: x[index], sliced), shared)
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
@@ -308,7 +354,7 @@ def merge(params: Params) -> Params:
     """
     for name in params.get("ports", ()) if isinstance(params, Mapping) else ():
         raise ValueError(f"ports/{name} acts beside the weights and cannot be merged into them: keep the adapter")
-    merged = map_leaves(lambda path, leaf: _materialise(leaf) if is_weight(leaf) else leaf, params)
+    merged = map_leaves(lambda path, leaf: _materialise(leaf) if is_weight(leaf) else leaf, share(params))
     return {k: v for k, v in merged.items() if k not in ADDED} if isinstance(merged, Mapping) else merged
 
 

@@ -12,7 +12,7 @@ and one law binds them: ``linear(x, w) == x @ materialise(w)``.
 Leaves nest: ``LoRA(base=NF4(...))`` is an adapter on a quantised base.  `rebase` reaches the innermost base, so that
 ``chain(lora, quantise)`` and ``chain(quantise, lora)`` agree.  Every array of a leaf carries the leaf's leading axes
 (stacked layers), so `nn.scan` and `vmap` slice a leaf as they slice an array; the functions above take a leaf of a
-single layer, `materialise` takes either.
+single layer, `materialise` takes either.  What all layers share is kept once, outside the leaf (`Weight.shares`).
 
 No leaf validates itself in ``__post_init__``: JAX builds leaves out of None, booleans and placeholders whenever it
 maps over a tree.  Factories validate.
@@ -36,9 +36,14 @@ class Weight:
     A subclass is a frozen dataclass registered by `jax.tree_util.register_dataclass`.  It names in `trains` the fields
     that an optimiser may move (a field called `base` answers for itself), and defines `materialise`; the
     other three rules have a default that materialises, which a leaf overrides when it can do better.
+
+    It names in `shares` the fields whose arrays have no leading axes, because all layers (and all leaves of one method)
+    use the same: None in the tree, where ``params["methods"][name]`` holds each once, and there during a call
+    (`peft_jax.trees.share`).
     """
 
     trains: ClassVar[tuple[str, ...]] = ()
+    shares: ClassVar[tuple[str, ...]] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:

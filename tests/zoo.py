@@ -18,6 +18,7 @@ import transformers
 import peft_jax as pj
 from peft_jax import adapters, methods, trees
 from peft_jax.methods.lora import LoRA
+from peft_jax.methods.vera import VeRA
 from peft_jax.models import families
 from peft_jax.training.losses import inputs_of
 
@@ -136,6 +137,9 @@ def disturbed(params: Any, seed: int = 2, by: float = 0.3) -> Any:
         if isinstance(w, LoRA):
             used = (w.a != 0).any(-2) | (w.b != 0).any(-1)
             moved = {"a": jnp.where(used[..., None, :], moved["a"], 0), "b": jnp.where(used[..., None], moved["b"], 0)}
+        if isinstance(w, VeRA):
+            used = (w.d != 0).any(-1, keepdims=True)
+            moved = {name: jnp.where(used, x, 0) for name, x in moved.items()}
         return dataclasses.replace(w, **moved)
 
     return trees.map_weights(move, params)
@@ -168,6 +172,11 @@ class Row(NamedTuple):
     stays: str = ""
     slope: str = ""
     foreign: str = ""
+
+
+def vectors(rank: int, *shapes: tuple[int, int]) -> int:
+    """VeRA, section 3.2: r + out for every adapted matrix."""
+    return sum(rank + outputs for _, outputs in shapes)
 
 
 def low_rank(rank: int, *shapes: tuple[int, int]) -> int:
@@ -238,6 +247,14 @@ ROWS = (
         LAYERS * low_rank(4, Q, V),
         optimiser=lambda: methods.lora_plus(optax.adam, 1e-3, ratio=16),
         slope="the gradient is the first row's; this optimiser keeps it in two parts",
+    ),
+    Row("vera", ("vera",), methods.vera(8, layers=[0, 2], dropout=0.2), 2 * vectors(8, Q, V)),
+    Row(
+        "vera everywhere",
+        ("vera",),
+        methods.vera(4, ".*", seed=3),
+        LAYERS * vectors(4, Q, K, V, OUT, GATE, UP, DOWN) + vectors(4, EMBED, HEAD),
+        foreign="embed_tokens.* HF PEFT's VeRA acts on linears alone",
     ),
     Row("one layer", ("unfreeze",), methods.unfreeze(r"layers\.1\."), LAYER),
     Row("everything", ("unfreeze",), methods.unfreeze(""), LAYERS * LAYER + WIDTH + 2 * TABLE),

@@ -9,6 +9,7 @@ from peft_jax.methods.pissa import pissa
 from peft_jax.methods.prefix_tuning import bake, prefix_tuning
 from peft_jax.methods.prompt_tuning import prompt_tuning
 from peft_jax.methods.unfreeze import unfreeze
+from peft_jax.methods.vera import vera
 
 __all__ = [
     "bake",
@@ -21,4 +22,5 @@ __all__ = [
     "prefix_tuning",
     "prompt_tuning",
     "unfreeze",
+    "vera",
 ]

@@ -92,6 +92,30 @@ def dropped(x: Array, key: Array | None, rate: Array | None) -> Array:
     return jnp.where(keep, x / (1 - rate).astype(x.dtype), jnp.zeros((), x.dtype))
 
 
+def check_dropout(rate: float) -> None:
+    if not 0 <= rate < 1:
+        raise ValueError(f"dropout must lie in [0, 1), got {rate}")
+
+
+def dropping(forward: Forward, rate: float, name: str) -> Forward:
+    """A forward function that hands each leaf of a method a dropout key for the call, and the rate.
+
+    The leaves have `key`, `rate` and, with their leading axes alone, `scale`; ports without a `micro_key` drop nothing.
+    """
+
+    def drop(params: Params, ports: Ports) -> tuple[Params, Ports]:
+        if ports.micro_key is None:
+            return params, ports
+
+        def give(path: Path, w: Any) -> Weight:
+            keys = trees.site(path, forward.spec).keys(ports.micro_key, name)
+            return dataclasses.replace(w, key=keys, rate=jnp.full(w.scale.shape, rate, jnp.float32))
+
+        return trees.rewrite(params, name, give), ports
+
+    return forward.rewritten(drop) if rate else forward
+
+
 def lora(
     rank: int = 8,
     alpha: float | None = None,
@@ -182,8 +206,7 @@ def low_rank(
     for value in (alpha, *alphas.values()):
         if not (value > 0 and math.isfinite(value)):
             raise ValueError(f"alpha must be positive, got {value}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
+    check_dropout(dropout)
     if bias not in ("none", "all", "lora_only"):
         raise ValueError(f"bias is {bias!r}: choose 'none', 'all' or 'lora_only'")
 
@@ -210,10 +233,7 @@ def low_rank(
 
         return trees.map_leaves(adapt, params)
 
-    def wrap(forward: Forward) -> Forward:
-        return forward.rewritten(_drop(forward, dropout, name)) if dropout else forward
-
-    adapted = Method(init, wrap)
+    adapted = Method(init, lambda forward: dropping(forward, dropout, name))
     if bias == "none":
         return adapted
     return chain(_biases(select, layers, bias, f"{name}.bias"), adapted)
@@ -270,23 +290,6 @@ def _kaiming_columns(key: Array, inputs: int, rank: int) -> Array:
 def _gaussian_rows(key: Array, rank: int, outputs: int) -> Array:
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(rank))
     return jax.vmap(lambda k: jax.random.normal(k, (outputs,)))(keys)
-
-
-def _drop(forward: Forward, rate: float, name: str) -> Callable[[Params, Ports], tuple[Params, Ports]]:
-    """Hands each of the method's leaves a dropout key for this call."""
-
-    def drop(params: Params, ports: Ports) -> tuple[Params, Ports]:
-        if ports.micro_key is None:
-            return params, ports
-
-        def give(path: Path, w: Weight) -> Weight:
-            assert isinstance(w, LoRA)
-            keys = trees.site(path, forward.spec).keys(ports.micro_key, name)
-            return dataclasses.replace(w, key=keys, rate=jnp.full(w.scale.shape, rate, jnp.float32))
-
-        return trees.rewrite(params, name, give), ports
-
-    return drop
 
 
 def _biases(select: Pattern, layers: Sequence[int] | None, bias: str, name: str) -> Method:

@@ -35,6 +35,7 @@ from peft_jax.layers import (
     normal,
     refuse_unknown_ports,
     run_layers,
+    variables,
 )
 from peft_jax.models.tensors import Tensor, naming
 from peft_jax.sequence import arrange, layer_attention
@@ -232,7 +233,7 @@ def build(config: Any, **options: Any) -> Forward:
         inputs = jax.tree.map(jnp.asarray, inputs)
         names = ("embeddings", "layers", *(f"layers_{i}" for i in range(c.layers)))
         mine = {name: params[c.kind][name] for name in names if name in params[c.kind]}
-        x = encoder.apply({"params": mine, "shared": params.get("methods", {})}, inputs, given)
+        x = encoder.apply(variables(mine), inputs, given)
         return _first(x, inputs) if c.head == "classification" else x
 
     def head(params: Params, x: Array, given: Ports) -> Array:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from peft_jax.core import Forward, Inputs, Params, Ports, Spec
-from peft_jax.layers import checkpointed, normal, refuse_unknown_ports
+from peft_jax.layers import checkpointed, normal, refuse_unknown_ports, variables
 from peft_jax.models.tensors import Tensor, naming
 from peft_jax.sequence import Cache
 from peft_jax.weights import linear, unembed
@@ -33,7 +33,7 @@ def causal_lm(
     def features(params: Params, inputs: Inputs, given: Ports) -> Any:
         refuse_unknown_ports(given, ports, family)
         inputs = jax.tree.map(jnp.asarray, inputs)
-        return decoder.apply({"params": params[root], "shared": params.get("methods", {})}, inputs, given)
+        return decoder.apply(variables(params[root]), inputs, given)
 
     def head(params: Params, x: Float[Array, "... width"], given: Ports) -> Float[Array, "... vocab"]:
         logits = unembed(x, params[root][table]["embedding"]) if c.tied else linear(x, params["lm_head"]["kernel"])

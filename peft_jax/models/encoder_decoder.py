@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from peft_jax.attention import Visible, dot_product_attention
 from peft_jax.core import Forward, Inputs, Params, Path, Ports, Spec
-from peft_jax.layers import Linear, checkpointed, normal, refuse_unknown_ports
+from peft_jax.layers import Linear, checkpointed, normal, refuse_unknown_ports, variables
 from peft_jax.models.tensors import Tensor, naming
 from peft_jax.sequence import Cache, across, arrange, layer_attention
 from peft_jax.weights import embed, linear, unembed
@@ -121,8 +121,7 @@ def encoder_decoder(
             return x * jnp.asarray(c.embedding_scale, x.dtype)
 
         def run(stack: int, *arguments: Any) -> Any:
-            weights = {"params": tree[PARTS[stack]], "shared": params.get("methods", {})}
-            return stacks[stack](c, attend).apply(weights, *arguments)
+            return stacks[stack](c, attend).apply(variables(tree[PARTS[stack]]), *arguments)
 
         text = Inputs(inputs.decoder_tokens, mask=inputs.decoder_mask, cache=None if caches is None else caches.own)
         target = arrange(text, words(text.tokens), Ports(prefix=prefix.get("decoder"), alone=given.alone))
