@@ -4,9 +4,10 @@
     params = adapters.use(params, "de")                       # one for all rows; nothing recompiles
     forward(params, tokens, pj.Ports(adapter=jnp.array([0, 1, -1])))   # one a row; -1 is the base alone
 
-The adapters must be LoRA leaves on the same base.  Their ranks, scales and target modules may differ: an adapter that
-leaves a module alone has rank 0 there.  Prompts and prefixes stack too, where all have them, under one name and of one
-length: one batch then mixes tasks whose prefixes are stored side by side.
+The adapters must be LoRA leaves on the same base; a DyLoRA counts as the LoRA that it is at its rank in use.  Their
+ranks, scales and target modules may differ: an adapter that leaves a module alone has rank 0 there.  Prompts and
+prefixes stack too, where all have them, under one name and of one length: one batch then mixes tasks whose prefixes are
+stored side by side.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ from jaxtyping import Array
 
 from peft_jax import trees
 from peft_jax.core import Forward, Params, Path, Ports
+from peft_jax.methods.dylora import DyLoRA, shorten
 from peft_jax.methods.lora import LoRA
 from peft_jax.methods.prefix_tuning import Reparametrised
 from peft_jax.ports import Stored
@@ -96,7 +98,7 @@ def stack(adapted: Mapping[str, Params], forward: Forward, *, name: str = "adapt
             )
 
     def each(path: Path, leaf: Leaf) -> Leaf:
-        mine = {key: found[path] for key, found in flat.items()}
+        mine = {key: shorten(w) if isinstance(w := found[path], DyLoRA) else w for key, found in flat.items()}
         for key, w in mine.items():
             if is_weight(w) and not (isinstance(w, LoRA) and not is_weight(w.base)):
                 raise ValueError(

@@ -204,6 +204,26 @@ def baked(key: Any, params: Any, forward: pj.Forward) -> tuple[Any, pj.Forward]:
     return methods.bake(params), forward
 
 
+def in_use(rank: int, method: pj.Method) -> Callable[..., tuple[Any, pj.Forward]]:
+    """DyLoRA that computes at a smaller rank than it trains."""
+
+    def made(key: Any, params: Any, forward: pj.Forward) -> tuple[Any, pj.Forward]:
+        params, forward = method(key, params, forward)
+        return methods.use_rank(params, rank), forward
+
+    return made
+
+
+def truncated(rank: int, method: pj.Method) -> Callable[..., tuple[Any, pj.Forward]]:
+    """DyLoRA cut to a smaller rank, and trained on."""
+
+    def made(key: Any, params: Any, forward: pj.Forward) -> tuple[Any, pj.Forward]:
+        params, forward = method(key, params, forward)
+        return methods.truncate(params, rank), forward
+
+    return made
+
+
 PUT_BEFORE = {"changes": "random rows stand before the tokens", "stays": "it acts beside the weights"}
 
 ROWS = (
@@ -239,6 +259,28 @@ ROWS = (
         methods.pissa(4, 8, rank_pattern={r"\.1\.": 2}),
         2 * low_rank(4, Q, V) + low_rank(2, Q, V),
     ),
+    Row(
+        "dylora",
+        ("dylora", "use_rank"),
+        in_use(3, methods.dylora(4, 8, "(q|v)_proj|embed")),
+        LAYERS * low_rank(4, Q, V) + low_rank(4, EMBED),
+    ),
+    Row(
+        "dylora frozen",
+        ("dylora", "hold_rows"),
+        methods.dylora(
+            4,
+            8,
+            min_rank=2,
+            distribution="geometric",
+            frozen=True,
+            rank_pattern={r"\.1\.": 3},
+            name="dylora frozen",  # whose first ranks do not fall: a smaller one does not see what a larger has learnt
+        ),
+        2 * low_rank(4, Q, V) + low_rank(3, Q, V),
+        optimiser=lambda: methods.hold_rows(optax.adam(3e-3)),
+    ),
+    Row("dylora truncated", ("truncate",), truncated(2, methods.dylora(4, 8)), LAYERS * low_rank(2, Q, V)),
     Row("olora", ("olora",), methods.olora(4, 8), LAYERS * low_rank(4, Q, V)),
     Row(
         "rslora with lora+",

@@ -1,6 +1,7 @@
 """The methods: one file a paper."""
 
 from peft_jax.methods.dora import dora
+from peft_jax.methods.dylora import dylora, hold_rows, truncate, use_rank
 from peft_jax.methods.lora import lora
 from peft_jax.methods.lora_plus import lora_plus
 from peft_jax.methods.olora import olora
@@ -14,6 +15,8 @@ from peft_jax.methods.vera import vera
 __all__ = [
     "bake",
     "dora",
+    "dylora",
+    "hold_rows",
     "lora",
     "lora_plus",
     "olora",
@@ -21,6 +24,8 @@ __all__ = [
     "pissa",
     "prefix_tuning",
     "prompt_tuning",
+    "truncate",
     "unfreeze",
+    "use_rank",
     "vera",
 ]

@@ -81,7 +81,7 @@ def stir(params: Any, seed: int = 1) -> Any:
     params = jax.tree.map(move, mask, params)
 
     def unpad(w: Any) -> Any:
-        if type(w) is not LoRA or not w.scale.ndim:
+        if not isinstance(w, LoRA) or not w.scale.ndim:
             return w
         used = jnp.arange(w.a.shape[-1])[None] < jnp.array(w.ranks)[:, None]
         return dataclasses.replace(

@@ -8,6 +8,7 @@ What becomes of our leaves (`save`), and of the format's options (`load`):
 LoRA            ``lora_A`` ``[r, in]`` and ``lora_B`` ``[out, r]``, ours transposed; embeddings ``lora_embedding_A`` and
                 ``_B``.  Each layer's own rank and scale are kept (``rank_pattern``, ``alpha_pattern``), padding is not.
                 Several LoRA leaves on one weight are one of the summed rank, which is the same function.
+DyLoRA          saved as the LoRA that it is at its rank in use: the largest, unless `methods.use_rank` set another.
 DoRA            ``lora_magnitude_vector``.  An adapter has it everywhere or nowhere.
 PiSSA, OLoRA    saved as a plain LoRA of rank 2r, ``[A, A₀] [B; −B₀]``, that needs no other base.  HF PEFT's own files
                 hold A and B alone: loading computes A₀ and B₀ again from the base, as HF PEFT does.

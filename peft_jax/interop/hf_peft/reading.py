@@ -11,6 +11,7 @@ from peft_jax.adapters import Adapters
 from peft_jax.core import Params, Path
 from peft_jax.interop.hf_peft.names import Source
 from peft_jax.methods.dora import DoRA, column_norms
+from peft_jax.methods.dylora import DyLoRA, shorten
 from peft_jax.methods.lora import LoRA
 from peft_jax.methods.pissa import Residual
 from peft_jax.ports import Stored
@@ -89,7 +90,8 @@ def read_leaf(path: Path, leaf: Leaf) -> Read:
     where, terms, magnitude = "/".join(path), [], None
     if isinstance(leaf, DoRA):
         magnitude, leaf = np.atleast_2d(np.asarray(leaf.magnitude)), leaf.base
-    while type(leaf) in (LoRA, Residual):
+    while type(leaf) in (LoRA, DyLoRA, Residual):
+        leaf = shorten(leaf) if isinstance(leaf, DyLoRA) else leaf
         scale = np.atleast_1d(np.asarray(leaf.scale, np.float32))
         a, b = (np.asarray(x).reshape(len(scale), *x.shape[-2:]) for x in (leaf.a, leaf.b))
         if isinstance(leaf, LoRA):
