@@ -1,6 +1,7 @@
 """peft_jax: parameter-efficient fine-tuning for JAX, as pure functions on typed parameter trees."""
 
 from peft_jax import adapters as adapters
+from peft_jax import arithmetic as arithmetic
 from peft_jax import methods as methods
 from peft_jax import trees as trees
 from peft_jax.core import Forward, Inputs, Method, Ports, Spec, chain
