@@ -80,12 +80,19 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
-        scale = leaf(self, "scale", nn.initializers.ones, (x.shape[-1],))
-        bias = leaf(self, "bias", nn.initializers.zeros, (x.shape[-1],))
-        wide = x.astype(jnp.float32)
-        wide = wide - jnp.mean(wide, -1, keepdims=True)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.epsilon)
-        return add_vector(times_vector(wide.astype(x.dtype), scale), bias)
+        return layer_norm(x, norm_weights(self, x.shape[-1]), self.epsilon)
+
+
+def norm_weights(module: nn.Module, width: int) -> tuple[Leaf, Leaf]:
+    """A layer norm's scale and bias, in the module's own scope."""
+    return leaf(module, "scale", nn.initializers.ones, (width,)), leaf(module, "bias", nn.initializers.zeros, (width,))
+
+
+def layer_norm(x: Float[Array, "... d"], weights: tuple[Leaf, Leaf], epsilon: float) -> Float[Array, "... d"]:
+    wide = x.astype(jnp.float32)
+    wide = wide - jnp.mean(wide, -1, keepdims=True)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + epsilon)
+    return add_vector(times_vector(wide.astype(x.dtype), weights[0]), weights[1])
 
 
 ACTIVATIONS = {

@@ -31,7 +31,8 @@ from peft_jax.methods.unfreeze import unfreeze
 from peft_jax.trees import Pattern, Site
 from peft_jax.weights import Leaf, Weight, embed, linear, materialise, static, unembed
 
-QUERY_VALUE = r"(^|[._])(q|v|query|value)(_proj)?$"  # the paper's choice, in the spelling of every family here
+# The paper's choice, in the spelling of every family here; a projection of positions (DeBERTa) is neither.
+QUERY_VALUE = r"(^|(?<!\.pos)[._])(q|v|query|value)(_proj)?$"
 
 
 @jax.tree_util.register_dataclass

@@ -7,10 +7,10 @@ from typing import Any
 
 from peft_jax import trees
 from peft_jax.core import Params, Spec
-from peft_jax.models import bart, bert, gpt2, llama, t5
+from peft_jax.models import bart, bert, deberta, gpt2, llama, t5
 from peft_jax.models.tensors import Tensor, naming, unrolled
 
-FAMILIES: tuple[ModuleType, ...] = (llama, gpt2, bert, t5, bart)
+FAMILIES: tuple[ModuleType, ...] = (llama, gpt2, bert, deberta, t5, bart)
 
 
 def family(model_type: str) -> ModuleType:

@@ -30,7 +30,7 @@ from peft_jax.models.families import family
 from peft_jax.trees import ADDED, bare, weights
 from peft_jax.weights import Unfrozen
 
-WANTED = ["model*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model", "spiece.model"]
+WANTED = ["model*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model", "spiece.model", "spm.model"]
 OURS = (".safetensors", ".json", ".jinja", ".txt", ".model")  # what a saved model consists of, by suffix
 ARCHITECTURES = {
     None: MODEL_MAPPING_NAMES,
@@ -38,8 +38,16 @@ ARCHITECTURES = {
     "tokens": MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
     "answers": MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
 }
-NEW = ("classifier", "qa_outputs")  # where heads lie, which a pretrained checkpoint lacks
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+NEW = ("classifier", "qa_outputs", "pooler.dense")  # where heads lie, which a pretrained checkpoint lacks
+TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "spm.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

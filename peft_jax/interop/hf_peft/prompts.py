@@ -31,7 +31,7 @@ from peft_jax.weights import Leaf, Unfrozen, innermost
 KINDS = ("PROMPT_TUNING", "PREFIX_TUNING")
 TENSOR = "prompt_embeddings"
 PREFIX = "base_model."  # of a head's tensors
-HEADS = ("classifier", "score", "qa_outputs")  # the modules that HF PEFT saves with a prompt
+HEADS = ("classifier", "score", "qa_outputs", "pooler.dense")  # the modules that HF PEFT saves with a prompt
 
 # Fields that say nothing about the numbers, or are read here.
 UNDERSTOOD = """

@@ -1,0 +1,168 @@
+"""An encoder and what it ends in: the halves of a layer that families share, heads, the spec, and random weights.
+
+    head              outputs
+    None              the features themselves ``[batch, time, width]``
+    "classification"  a score for each label ``[batch, labels]``, of which the features are the first real token's
+    "tokens"          a score for each label of every token ``[batch, time, labels]``
+    "answers"         scores of where an answer starts and ends ``[batch, time, 2]``
+
+Families differ in their stacks; what surrounds them is written once.  A stack is a Flax module of a config; its module
+names are those of `transformers`, which are the same in every family here.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from peft_jax.core import Forward, Inputs, Params, Ports, Spec
+from peft_jax.layers import (
+    LayerNorm,
+    Linear,
+    activation,
+    affine,
+    checkpointed,
+    normal,
+    refuse_unknown_ports,
+    variables,
+)
+from peft_jax.models.tensors import Tensor, naming
+
+HEADS = ("classification", "tokens", "answers")
+PORTS = frozenset({"attend", "prompt", "prefix"})
+
+
+def check_head(kind: str, head: str | None) -> None:
+    if head not in (None, *HEADS):
+        raise ValueError(f"{kind} has no head {head!r}: choose one of {', '.join(HEADS)}, or None")
+
+
+def labels_of(config: Any, head: str | None, labels: int | None) -> int:
+    """How many labels a head chooses from: as asked for, or as the transformers config says."""
+    return 0 if head is None else 2 if head == "answers" else labels or config.num_labels
+
+
+def head_modules(head: str | None, pooled: tuple[str, str]) -> tuple[str, ...]:
+    """The linears of a head, by the source's names; `pooled` are those that classify."""
+    return {None: (), "classification": pooled, "tokens": ("classifier",), "answers": ("qa_outputs",)}[head]
+
+
+class Output(nn.Module):
+    """A linear, the residual, and the norm behind them."""
+
+    config: Any
+
+    @nn.compact
+    def __call__(self, y: Array, x: Array) -> Array:
+        y = Linear(self.config.width, True, name="dense")(y)
+        return LayerNorm(self.config.epsilon, name="LayerNorm")(y + x)
+
+
+class Intermediate(nn.Module):
+    config: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        return activation(self.config.activation)(Linear(self.config.hidden, True, name="dense")(x))
+
+
+def _first(x: Float[Array, "batch time width"], inputs: Inputs) -> Float[Array, "batch 1 width"]:
+    """Each row's first real token: [CLS], wherever padding puts it."""
+    if inputs.mask is None:
+        return x[:, :1]
+    return jnp.take_along_axis(x, jnp.argmax(inputs.mask, axis=1)[:, None, None], axis=1)
+
+
+def encoder(c: Any, stack: type[nn.Module], table: tuple[Tensor, ...]) -> Forward:
+    """The forward function of a config `c`, whose weights lie in ``params[c.root]``, and whose head beside them.
+
+    `c` gives the sizes, `positions` (0 for as many as one likes), the linears of its head (`modules`) and what is
+    between them (`pooler_activation`).  Scores are fp32, whatever the compute dtype.
+    """
+    module = stack(c)
+    checkpointed(stack, c.remat)  # a misspelt mode is an error here, not at the first call
+
+    def features(params: Params, inputs: Inputs, given: Ports) -> Any:
+        refuse_unknown_ports(given, PORTS, c.kind)
+        if inputs.cache is not None:
+            raise ValueError(f"{c.kind} reads a whole text at once: it keeps no key-value cache")
+        inputs = jax.tree.map(jnp.asarray, inputs)
+        mine = {name: part for name, part in params[c.root].items() if name != "pooler"}
+        x = module.apply(variables(mine), inputs, given)
+        return _first(x, inputs) if c.head == "classification" else x
+
+    def head(params: Params, x: Array, given: Ports) -> Array:
+        if c.head is None:
+            return x
+        x = x[:, 0] if c.head == "classification" else x
+        for i, name in enumerate(c.modules):
+            weights = params
+            for part in name.split("."):
+                weights = weights[part]
+            x = affine(activation(c.pooler_activation)(x) if i else x, weights)
+        return x.astype(jnp.float32)
+
+    names, stacked = naming(table, c.layers, c.scan)
+    spec = Spec(
+        width=c.embedding,
+        layers=c.layers,
+        heads=c.heads,
+        kv_heads=c.heads,
+        head_dim=c.head_dim,
+        vocab=c.vocab,
+        positions=c.positions,
+        labels=c.labels,
+        ports=PORTS,
+        names=names,
+        stacked=stacked,
+        tensors=table,
+        embedding=(c.root, "embeddings", "word_embeddings", "embedding"),
+    )
+    return Forward(features, head, spec)
+
+
+def init_encoder(key: Array, c: Any, stack: type[nn.Module], dtype: Any) -> Params:
+    """Random weights: normal with sd 0.02, norms at one, biases at zero."""
+    key, pooler, *keys = jax.random.split(key, 4)
+    params: Params = {c.root: stack(c).init(key, Inputs(jnp.zeros((1, 1), jnp.int32)))["params"]}
+    for i, name in enumerate(c.modules, 1):
+        shape = (c.width, c.labels if i == len(c.modules) else c.width)
+        drawn = normal(pooler if "pooler" in name else keys.pop(0), shape, jnp.float32)
+        *above, last = name.split(".")
+        tree = params
+        for part in above:
+            tree = tree.setdefault(part, {})
+        tree[last] = {"kernel": drawn, "bias": jnp.zeros(shape[1:], jnp.float32)}
+    return jax.tree.map(lambda x: x.astype(dtype), params)
+
+
+# -- tensors ----------------------------------------------------------------------------------------------------------
+
+
+def affine_tensors(source: str, path: str, weight: str = "kernel") -> tuple[Tensor, Tensor]:
+    """The two tensors of a linear, or of a norm (whose weight is a "scale")."""
+    transposed = weight == "kernel"
+    return (
+        Tensor(f"{source}.weight", (f"{path}/{weight}",), transpose=transposed),
+        Tensor(f"{source}.bias", (f"{path}/bias",)),
+    )
+
+
+def encoder_tensors(
+    root: str, prefix: str, embeddings: tuple[str, ...], projections: tuple[str, ...], modules: tuple[str, ...]
+) -> tuple[Tensor, ...]:
+    """Where the tensors of a Hugging Face checkpoint go: the embeddings, each layer with its `projections` inside the
+    attention, and the head's `modules`; the model's own names begin with `prefix`."""
+    ours, theirs = f"{root}/layers/", f"{prefix}encoder.layer.{{layer}}."
+    found = [Tensor(f"{prefix}embeddings.{n}.weight", (f"{root}/embeddings/{n}/embedding",)) for n in embeddings]
+    found += affine_tensors(f"{prefix}embeddings.LayerNorm", f"{root}/embeddings/LayerNorm", "scale")
+    inside = [f"attention.self.{n}" for n in projections]
+    for name in (*inside, "attention.output.dense", "intermediate.dense", "output.dense"):
+        found += affine_tensors(theirs + name, ours + name.replace(".", "/"))
+    for name in ("attention.output.LayerNorm", "output.LayerNorm"):
+        found += affine_tensors(theirs + name, ours + name.replace(".", "/"), "scale")
+    for name in modules:
+        found += affine_tensors(name, name.replace(".", "/"))
+    return tuple(found)
