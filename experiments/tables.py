@@ -5,7 +5,8 @@
 
 In the README a table goes between ``<!-- table:NAME -->`` and ``<!-- /table -->``; NAME is ``table/profile``; or a
 table, whose laptop profile is meant; or ``bench``, the training step's comparison (`experiments.bench`).  A profile
-without results has no files; one that lacks some says so.
+without results has no files; one that lacks some says so.  ``docs/parameter_counts.md`` has a place for the numbers
+that train (`experiments.parameter_counts`), which need no run.
 """
 
 import argparse
@@ -16,11 +17,12 @@ import re
 import statistics
 from pathlib import Path
 
-from experiments import bench, harness
+from experiments import bench, harness, parameter_counts
 from experiments.harness import RESULTS, TABLES, Metric, Part, Profile, Result, Table
 from experiments.provenance import ROOT
 
 README = ROOT / "README.md"
+COUNTS = ROOT / "docs" / "parameter_counts.md"
 PLACE = re.compile(r"(<!-- table:([\w/]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 Results = dict[tuple[str, int], Result]
 
@@ -238,6 +240,7 @@ def main(arguments: list[str] | None = None) -> None:
     tables = [harness.find(name) for name in TABLES]
     try:
         stale = update(tables, check=given.check)
+        stale += in_readme({"parameter_counts": parameter_counts.report()}, COUNTS, given.check)
     except ValueError as error:
         parser.exit(1, f"{error}\n")
     for table in tables:
