@@ -227,7 +227,7 @@ def test_a_new_head_trains_and_the_pretrained_model_does_not(tmp_path: Path) -> 
     assert losses[2] < losses[1] < losses[0] and same(copied(pj.partition(run.params)[1]), before)
 
 
-# -- adapters and prompts -----------------------------------------------------------------------------------------------
+# -- adapters and prompts ---------------------------------------------------------------------------------------------
 
 
 def of_peft(model: Any, head: str | None) -> np.ndarray:
