@@ -11,8 +11,8 @@ LoRA            ``lora_A`` ``[r, in]`` and ``lora_B`` ``[out, r]``, ours transpo
 DoRA            ``lora_magnitude_vector``.  An adapter has it everywhere or nowhere.
 PiSSA, OLoRA    saved as a plain LoRA of rank 2r, ``[A, A₀] [B; −B₀]``, that needs no other base.  HF PEFT's own files
                 hold A and B alone: loading computes A₀ and B₀ again from the base, as HF PEFT does.
-VeRA            ``vera_lambda_d`` and ``_b``; the pair is written too (``base_model.vera_A``, ``_B``), or left to the seed
-                (``save_projection``).  A file's pair must be its seed's, or be asked for (`load`, `foreign_projection`).
+VeRA            ``vera_lambda_d`` and ``_b``; the pair is written too (``base_model.vera_A``, ``_B``) or left to the
+                seed (``save_projection``).  A pair that is not its seed's is refused, unless `load` is told to take it.
 unfreeze        ``modules_to_save``, whole modules: a norm's bias comes with its scale.  Biases alone are the bias mode
                 'all', or 'lora_only' with those of all adapted modules.
 fused matrices  GPT-2's c_attn is three leaves here.  Saved, it is one pair of rank r_q + r_k + r_v, B in blocks, which
