@@ -219,7 +219,7 @@ def bare(forward: Forward, name: str) -> Forward:
 
 # -- what layers share ------------------------------------------------------------------------------------------------
 
-Shared = Mapping[str, Mapping[str, Array]]  # by the method's name, then by the leaf's field
+Shared = Mapping[str, Mapping[str, Any]]  # arrays by the method's name, then by the leaf's field
 
 
 def share(params: Params) -> Params:
@@ -339,6 +339,40 @@ def apply_updates(params: Params, updates: Params) -> Params:
     move = lambda p, u: p if u is None else (p + u).astype(p.dtype)  # noqa: E731
     with jax.numpy_dtype_promotion("standard"):  # the sum in the wider dtype, rounded once
         return jax.tree.map(move, params, updates, is_leaf=_is_hole)
+
+
+def labels(params: Params, forward: Forward, groups: Mapping[str, Pattern], rest: str = "rest") -> PyTree[str]:
+    """A label for every array that trains, for `optax.partition`: the first group whose pattern matches its leaf.
+
+    Args:
+        params: the whole tree, or the trainable half of `partition`.
+        forward: the model.
+        groups: patterns over the model's names (see `select`), by label.
+        rest: the label of what no pattern matches.
+
+    Raises:
+        ValueError: if a pattern matches nothing that trains, or some layers only of a stacked leaf.
+
+    >>> import jax, jax.numpy as jnp, optax, peft_jax as pj
+    >>> forward = pj.Forward(lambda params, inputs, ports: inputs.tokens @ params["up"]["kernel"])
+    >>> params = {"up": {"kernel": jnp.ones((2, 3))}, "head": {"kernel": jnp.ones((3, 1))}}
+    >>> params, forward = pj.methods.unfreeze(".")(jax.random.key(0), params, forward)
+    >>> labels = pj.labels(params, forward, {"head": "^head$"})
+    >>> tx = pj.freeze(optax.partition({"head": optax.adam(1e-3), "rest": optax.adam(1e-2)}, labels), params)
+    """
+    moves = lambda site, leaf: any(jax.tree.leaves(trainable(leaf)))  # noqa: E731
+    found: dict[Path, str] = {}
+    for label, pattern in groups.items():
+        for path, here in select(pattern, params, forward, adaptable=moves).items():
+            if not all(here.chosen):
+                raise ValueError(
+                    f"the pattern {pattern!r} matches some layers only of {'/'.join(path)}, which has one label: "
+                    "match all of them, or unroll the model (scan=False)"
+                )
+            found.setdefault(path, label)
+    everywhere = jax.tree.map(lambda _: rest, params)
+    marked = map_leaves(lambda path, leaf: jax.tree.map(lambda _: found.get(path, rest), leaf), everywhere)
+    return _keep(trainable(params), marked, True)
 
 
 # -- leaving ----------------------------------------------------------------------------------------------------------

@@ -231,13 +231,21 @@ def of_peft(model: Any, head: str | None, mask: np.ndarray) -> np.ndarray:
     return scores if head == "classification" else scores[:, -12:]
 
 
-@pytest.mark.parametrize(("name", "head"), BOTH)
-@pytest.mark.parametrize("kind", ["prompt", "lora"])
+PEFT: dict[str, Any] = {
+    "prompt": methods.prompt_tuning(4, start="uniform"),
+    "lora": methods.lora(2, 3, "query|value"),
+    "vera": methods.vera(8, "query|value|intermediate", seed=5),  # two shapes
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "head"),
+    [*((kind, *both) for kind in ("prompt", "lora") for both in BOTH), ("vera", "bert", "classification")],
+)
 def test_peft_gives_the_same_outputs_and_back(name: str, head: str | None, kind: str, tmp_path: Path) -> None:
     model, base, plain = pair(name, head)
     new = methods.unfreeze("classifier|qa_outputs") if head else pj.chain()
-    one = methods.prompt_tuning(4, start="uniform") if kind == "prompt" else methods.lora(2, 3, "query|value")
-    params, forward = pj.chain(one, new)(KEY, base, plain)
+    params, forward = pj.chain(PEFT[kind], new)(KEY, base, plain)
     params = disturbed(params)
     if kind == "prompt" and head == "classification":
         with pytest.raises(ValueError, match=r"HF PEFT lets read the first soft token and this library .* \[CLS\]"):

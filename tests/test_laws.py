@@ -149,16 +149,17 @@ KINDS = {
     "prompt": lambda family: methods.prompt_tuning(4),
     "prefix": lambda family: methods.prefix_tuning(3, hidden=8),
     "deep prompts": lambda family: methods.p_tuning_v2(3, dropout=0.0),  # whose noise would hide three steps
+    "vera": lambda family: methods.vera(8, OTHERS[family]),
 }
+ONLY = {"vera": ("gpt2", "bert", "t5")}  # what layers share reaches them in one way: a decoder, an encoder, and both
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", OTHERS)
+@pytest.mark.parametrize(("family", "kind"), [(f, k) for f in OTHERS for k in KINDS if f in ONLY.get(k, OTHERS)])
 def test_other_families(family: str, kind: str) -> None:
     """Five laws: the start, merging, strip, falling loss, frozen leaves."""
     assert OTHERS.keys() | {"llama"} == zoo.CONFIGS.keys()
     method = KINDS[kind](family)
-    before_tokens = {} if kind == "lora" else zoo.PUT_BEFORE
+    before_tokens = {} if kind in ("lora", "vera") else zoo.PUT_BEFORE
     check_outputs(ROWS[0]._replace(method=method, **before_tokens), family)
     params, forward = method(KEY, zoo.base(family), zoo.build(family))
     tx = pj.freeze(optax.adam(3e-3), params)

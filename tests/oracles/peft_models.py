@@ -18,6 +18,7 @@ from safetensors import safe_open
 import peft_jax as pj
 from peft_jax.interop.hf_peft import files
 from peft_jax.methods.lora import LoRA
+from peft_jax.methods.vera import VeRA
 from peft_jax.models import Model
 
 SIZES: dict[str, Any] = {"vocab_size": 48, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -81,6 +82,9 @@ def stir(params: Any, seed: int = 1) -> Any:
     params = jax.tree.map(move, mask, params)
 
     def unpad(w: Any) -> Any:
+        if type(w) is VeRA and w.scale.ndim:
+            used = jnp.array(w.ranks)[:, None] > 0
+            return dataclasses.replace(w, d=w.d * used.astype(w.d.dtype), b=w.b * used.astype(w.b.dtype))
         if not isinstance(w, LoRA) or not w.scale.ndim:
             return w
         used = jnp.arange(w.a.shape[-1])[None] < jnp.array(w.ranks)[:, None]
@@ -114,11 +118,13 @@ def in_peft(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> peft
     return model
 
 
-def from_peft(name: str, folder: Path, seed: int = 1, **options: Any) -> peft.PeftModel:
+def from_peft(
+    name: str, folder: Path, seed: int = 1, kind: type[peft.PeftConfig] = peft.LoraConfig, **options: Any
+) -> peft.PeftModel:
     """A random adapter that peft has made and saved."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = peft.get_peft_model(base(name).torch(), peft.LoraConfig(task_type="CAUSAL_LM", **options)).eval()
+        model = peft.get_peft_model(base(name).torch(), kind(task_type="CAUSAL_LM", **options)).eval()
         stir_torch(model, seed)
         model.save_pretrained(folder)
     return model

@@ -1,4 +1,4 @@
-"""HF PEFT's adapters, LoRA, prompts and prefixes, both ways: ``adapter_model.safetensors`` and ``adapter_config.json``.
+"""HF PEFT's adapters, both ways: ``adapter_model.safetensors`` and ``adapter_config.json``.
 
     interop.hf_peft.save("adapter/", run.params)
     params, forward = interop.hf_peft.load("adapter/", model)
@@ -12,6 +12,8 @@ DyLoRA          saved as the LoRA that it is at its rank in use: the largest, un
 DoRA            ``lora_magnitude_vector``.  An adapter has it everywhere or nowhere.
 PiSSA, OLoRA    saved as a plain LoRA of rank 2r, ``[A, A₀] [B; −B₀]``, that needs no other base.  HF PEFT's own files
                 hold A and B alone: loading computes A₀ and B₀ again from the base, as HF PEFT does.
+VeRA            ``vera_lambda_d`` and ``_b``; the pair is written too (``base_model.vera_A``, ``_B``) or left to the
+                seed (``save_projection``).  A pair that is not its seed's is refused, unless `load` is told to take it.
 unfreeze        ``modules_to_save``, whole modules: a norm's bias comes with its scale.  Biases alone are the bias mode
                 'all', or 'lora_only' with those of all adapted modules.
 fused matrices  GPT-2's c_attn is three leaves here.  Saved, it is one pair of rank r_q + r_k + r_v, B in blocks, which
@@ -25,6 +27,8 @@ prompts         see `prompts`: one tensor.  A tree with a prompt and a LoRA is s
 
 A tree knows scales, not α nor the rate of dropout: α is the simplest number that gives the scale bit for bit, and the
 rate is an argument of `save`.
+
+A kind of adapter is a file here and a row of `loading.KINDS` (`kinds.Kind`).
 
 Source: HF PEFT 0.21.2, utils/save_and_load.py, tuners/lora/{config,layer,model}.py.
 """

@@ -85,6 +85,7 @@ def compare(
     for key in sorted(tensors.keys() - wanted.keys()):
         if not _repeats(key, tensors, names, params, config):
             known = any(key.startswith(f"{PREFIX}{source.module}.") for source in names.sources.values())
+            known |= not key.startswith(PREFIX)  # of no module
             why = "which its config does not account for" if known else "which this model does not have: another base?"
             raise ValueError(f"{file} holds the tensor {key} {list(tensors[key].shape)}, {why}")
     for key, (shape, where) in wanted.items():

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.core import Forward, Params, Path
@@ -35,10 +37,12 @@ class Found(NamedTuple):
 
 
 class Held(NamedTuple):
-    """What a tree holds: each adapted module's part, of a type of the kind's own, and all leaves without adapters."""
+    """What a tree holds: each adapted module's part, of a type of the kind's own; all leaves without adapters; and what
+    the modules share."""
 
     adapted: dict[str, Any]
     bases: dict[Path, Leaf]
+    shared: Any = None
 
 
 class Kind(NamedTuple):
@@ -53,7 +57,7 @@ class Kind(NamedTuple):
     wrap        ``(found)`` -> forward -> forward: what its leaves need of a call
     holds       whether a leaf is of this kind
     read        ``(params, names)``: what a tree holds
-    describe    ``(adapted, names, options)``: its tensors, and the config's fields that are its own
+    describe    ``(held, names, options)``: its tensors, and the config's fields that are its own
     """
 
     peft_type: str
@@ -65,4 +69,16 @@ class Kind(NamedTuple):
     wrap: Callable[[Found], Callable[[Forward], Forward]]
     holds: Callable[[Leaf], bool]
     read: Callable[[Params, Names], Held]
-    describe: Callable[[dict[str, Any], Names, Mapping[str, Any]], tuple[dict[str, np.ndarray], dict[str, Any]]]
+    describe: Callable[[Held, Names, Mapping[str, Any]], tuple[dict[str, np.ndarray], dict[str, Any]]]
+
+
+def stacked(
+    arrays: Mapping[int | None, np.ndarray], layers: Sequence[int | None], shape: tuple[int, ...], dtype: Any
+) -> jax.Array:
+    """Each layer's array in the corner of its place, zeros where there is none; not stacked where the layer is None."""
+    out = np.zeros((len(layers), *shape), dtype)
+    for index, layer in enumerate(layers):
+        if layer in arrays:
+            corner: tuple[Any, ...] = (index, *map(slice, arrays[layer].shape))
+            out[corner] = arrays[layer]
+    return jnp.asarray(out if layers != [None] else out[0])

@@ -7,12 +7,12 @@ from typing import Any
 from peft_jax import trees
 from peft_jax.core import Forward, Params
 from peft_jax.interop.hf_peft import config as configs
-from peft_jax.interop.hf_peft import files, lora, prompts, whole
+from peft_jax.interop.hf_peft import files, lora, prompts, vera, whole
 from peft_jax.interop.hf_peft.contract import compare, draw_up
 from peft_jax.interop.hf_peft.kinds import Found
 from peft_jax.interop.hf_peft.names import names_of, refuse_copies
 
-KINDS = {kind.peft_type: kind for kind in (lora.KIND,)}  # the last holds what no other does
+KINDS = {kind.peft_type: kind for kind in (vera.KIND, lora.KIND)}  # the last holds what no other does
 
 
 def load(
@@ -22,6 +22,7 @@ def load(
     adapter: str | None = None,
     name: str | None = None,
     dtype: Any = None,
+    foreign_projection: bool = False,
 ) -> tuple[Params, Forward]:
     """``(params, forward)``: the model with an adapter that HF PEFT, or `save`, has written; it can train on.
 
@@ -34,6 +35,7 @@ def load(
         adapter: the sub-folder, where HF PEFT has saved several adapters in one directory.
         name: what the method is called, as in `methods.lora`; by default its kind, "lora" or "prefix_tuning".
         dtype: of what trains; by default as it was saved.
+        foreign_projection: takes VeRA's frozen pair from the file even where it is not the one that its seed gives.
 
     Raises:
         FileNotFoundError: if there is no adapter.
@@ -64,5 +66,5 @@ def load(
     beside = whole.untied(contract.whole, tensors, names)
     # Before the adapter: they can be of different layers of one leaf.
     params, forward = whole.put(model.params, model.forward, beside, tensors, config, name)
-    found = Found(config, tensors, names, modules, name, dtype, where, {})
+    found = Found(config, tensors, names, modules, name, dtype, where, {"foreign_projection": foreign_projection})
     return kind.adapt(params, found), kind.wrap(found)(forward)

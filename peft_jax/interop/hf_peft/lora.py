@@ -15,7 +15,7 @@ from peft_jax import trees
 from peft_jax.core import Forward, Params, Path
 from peft_jax.interop.hf_peft import config as configs
 from peft_jax.interop.hf_peft.contract import tied_apart
-from peft_jax.interop.hf_peft.kinds import Config, Found, Held, Kind, Shapes, Wanted
+from peft_jax.interop.hf_peft.kinds import Config, Found, Held, Kind, Shapes, Wanted, stacked
 from peft_jax.interop.hf_peft.names import PREFIX, Names, Part, Source
 from peft_jax.interop.hf_peft.reading import Adapter as Read
 from peft_jax.interop.hf_peft.reading import adapter_of, read_leaf
@@ -169,36 +169,31 @@ def _divide(one: Adapter, source: Source) -> list[Adapter]:
 
 def _low_rank(leaf: Leaf, mine: Mapping[int | None, Adapter], name: str, dtype: Any) -> Leaf:
     """The leaf of a module, or of its layers: those without an adapter have rank 0."""
-    layers = [None] if None in mine else list(range(leaf.shape[0]))
+    layers: list[int | None] = [None] if None in mine else list(range(leaf.shape[0]))
     dtype = dtype or np.result_type(*(x.dtype for one in mine.values() for x in (one.a, one.b)))
     rank = max(one.a.shape[1] for one in mine.values())
     ranks = tuple(mine[layer].a.shape[1] if layer in mine else 0 for layer in layers)
 
-    def stacked(arrays: Mapping[int | None, np.ndarray], shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        out = np.zeros((len(layers), *shape), dtype)
-        for index, layer in enumerate(layers):
-            if layer in arrays:
-                corner: tuple[Any, ...] = (index, *map(slice, arrays[layer].shape))
-                out[corner] = arrays[layer]
-        return jnp.asarray(out if None not in mine else out[0])
+    def stack(arrays: Mapping[int | None, np.ndarray], shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        return stacked(arrays, layers, shape, dtype)
 
     inputs, outputs = leaf.shape[-2:]
-    scale = stacked({layer: np.asarray(one.scale) for layer, one in mine.items()}, (), np.float32)
+    scale = stack({layer: np.asarray(one.scale) for layer, one in mine.items()}, (), np.float32)
     base = leaf
     if any(one.start is not None for one in mine.values()):
         a, b = (
-            stacked({layer: one.start[i] for layer, one in mine.items() if one.start}, shape, np.float32)
+            stack({layer: one.start[i] for layer, one in mine.items() if one.start}, shape, np.float32)
             for i, shape in enumerate([(inputs, rank), (rank, outputs)])
         )
         base = Residual(leaf, a, b, jnp.copy(scale), name=f"{name}.residual")
-    a = stacked({layer: one.a for layer, one in mine.items()}, (inputs, rank), dtype)
-    b = stacked({layer: one.b for layer, one in mine.items()}, (rank, outputs), dtype)
+    a = stack({layer: one.a for layer, one in mine.items()}, (inputs, rank), dtype)
+    b = stack({layer: one.b for layer, one in mine.items()}, (rank, outputs), dtype)
     magnitudes = {layer: one.magnitude for layer, one in mine.items() if one.magnitude is not None}
     if not magnitudes:
         return LoRA(base, a, b, scale, ranks=ranks, name=name)
     inner = LoRA(base, a, b, scale, ranks=ranks, name=f"{name}.lora")
     active = jnp.array([r > 0 for r in ranks] if None not in mine else ranks[0] > 0)
-    magnitude = stacked(magnitudes, (outputs,), np.float32)
+    magnitude = stack(magnitudes, (outputs,), np.float32)
     if not all(ranks):
         magnitude = jnp.where(active[..., None], magnitude, column_norms(materialise(leaf)))
     return DoRA(inner, magnitude, active, name=name)
@@ -215,9 +210,8 @@ def read(params: Params, names: Names) -> Held:
     return Held(adapted, {path: leaf.base for path, leaf in leaves.items()})
 
 
-def describe(
-    adapted: dict[str, Read], names: Names, options: Mapping[str, Any]
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def describe(held: Held, names: Names, options: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    adapted: dict[str, Read] = held.adapted
     _check_magnitudes(adapted, names)
     tensors: dict[str, np.ndarray] = {}
     for module, found in adapted.items():

@@ -81,13 +81,21 @@ def refuse_holes(params: Params) -> None:
             raise ValueError(f"{'/'.join(path)} has holes: combine the two halves of the partition first")
 
 
+def refuse_adapters(path: Path, base: Leaf, kind: str) -> None:
+    """Raises on a leaf that adapts or trains, once what the format holds of it is taken off."""
+    if not isinstance(base, Unfrozen) and (base_of(base) is not None or (is_weight(base) and base.trains)):
+        raise ValueError(
+            f"{'/'.join(path)} holds a {type(base).__name__} leaf, which HF PEFT's {kind} format cannot hold"
+        )
+
+
 def read_leaf(path: Path, leaf: Leaf) -> Read:
     """What a leaf holds.
 
     Raises:
         ValueError: on a leaf that the format cannot hold.
     """
-    where, terms, magnitude = "/".join(path), [], None
+    terms, magnitude = [], None
     if isinstance(leaf, DoRA):
         magnitude, leaf = np.atleast_2d(np.asarray(leaf.magnitude)), leaf.base
     while type(leaf) in (LoRA, DyLoRA, Residual):
@@ -100,8 +108,7 @@ def read_leaf(path: Path, leaf: Leaf) -> Read:
             scale, ranks = -scale, tuple(_used(*pair) for pair in zip(a, b, scale, strict=True))
         terms.append((a, b, scale, ranks))
         leaf = leaf.base
-    if not isinstance(leaf, Unfrozen) and (base_of(leaf) is not None or (is_weight(leaf) and leaf.trains)):
-        raise ValueError(f"{where} holds a {type(leaf).__name__} leaf, which HF PEFT's LoRA format cannot hold")
+    refuse_adapters(path, leaf, "LoRA")
     return Read(terms, magnitude, leaf)
 
 

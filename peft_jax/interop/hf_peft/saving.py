@@ -23,6 +23,7 @@ def save(
     *,
     adapter: str | None = None,
     dropout: float = 0.0,
+    save_projection: bool = True,
     base_model_name_or_path: str | None = None,
     task_type: str | None = "auto",
 ) -> None:
@@ -39,6 +40,7 @@ def save(
             `models.FAMILIES` shows them itself; any other needs it.
         adapter: which one to write, of a tree made by `pj.adapters.stack`.
         dropout: the rate to record for whoever trains on: a tree does not know it.
+        save_projection: whether VeRA's frozen pair is written too, which its seed gives as well.
         base_model_name_or_path: the base to record.
         task_type: the task to record; by default, what the model's head is for.
 
@@ -64,7 +66,7 @@ def save(
     held = kind.read(params, names)
     adapted, bases = held.adapted, held.bases
     refuse_copies(adapted, "the tree")
-    mine, own = kind.describe(adapted, names, {"dropout": dropout})
+    mine, own = kind.describe(held, names, {"dropout": dropout, "save_projection": save_projection})
     beside = whole.trained(bases, adapted, names, kind.bias)
     if not adapted and not beside.sources:
         raise ValueError("the tree holds no adapter to save: apply a method such as methods.lora first")
@@ -75,6 +77,10 @@ def save(
         tied |= embedding in adapted or embedding in to_save
         targets |= {head} if embedding in adapted else set()
         to_save |= {head} if embedding in to_save else set()
+    if tied and "ensure_weight_tying" not in kind.fields:
+        raise ValueError(
+            f"the tree trains an embedding that is tied to the head, which HF PEFT's {kind.peft_type} unties"
+        )
     linear = [module for module, source in names.matrices.items() if not source.embedding]
     config = _common(task_type, base_model_name_or_path, names) | own
     config |= {
