@@ -14,7 +14,7 @@ from peft_jax.core import Forward, Params, Path
 from peft_jax.interop.hf_peft import config as configs
 from peft_jax.interop.hf_peft import files, prompts
 from peft_jax.interop.hf_peft.contract import compare, draw_up, keys_of, tied_apart
-from peft_jax.interop.hf_peft.names import PREFIX, Names, Part, Source, names_of, refuse_copies
+from peft_jax.interop.hf_peft.names import PREFIX, Names, Part, Source, names_of, refuse_copies, refuse_unreached
 from peft_jax.methods.dora import DoRA, column_norms
 from peft_jax.methods.lora import LoRA, lora
 from peft_jax.methods.pissa import Residual
@@ -71,6 +71,7 @@ def load(
     tensors = files.read_tensors(folder)
     contract = draw_up(config, names)
     refuse_copies([*contract.adapted, *(source.module for source in contract.whole.values())], str(folder))
+    refuse_unreached(contract.adapted, str(folder))
     compare(tensors, contract, names, model.params, config, folder / files.WEIGHTS)
     whole = dict(contract.whole)
     found = {module: _adapter(module, tensors, config, names, model.params) for module in contract.adapted}

@@ -13,7 +13,7 @@ from peft_jax.core import Forward, Params
 from peft_jax.interop.hf_peft import config as configs
 from peft_jax.interop.hf_peft import files, prompts
 from peft_jax.interop.hf_peft.contract import keys_of
-from peft_jax.interop.hf_peft.names import PREFIX, Names, Source, names_of, refuse_copies
+from peft_jax.interop.hf_peft.names import PREFIX, Names, Source, names_of, refuse_copies, refuse_unreached
 from peft_jax.interop.hf_peft.reading import Adapter, adapter_of, one_of_a_stack, read_leaf, trains, value_of
 from peft_jax.models.families import spec_of
 
@@ -66,6 +66,7 @@ def save(
     names = names_of(params, spec_of(params) if forward is None else forward.spec)
     adapted = {module: found for module, source in names.matrices.items() if (found := adapter_of(source, read))}
     refuse_copies(adapted, "the tree")
+    refuse_unreached(adapted, "the tree")
     _check_magnitudes(adapted, names)
     trained = [s for s in names.sources.values() if any(trains(read[part.path], part.layer) for part in s.parts)]
     bias, whole = _trained_whole(trained, adapted, names)
