@@ -42,18 +42,18 @@ from peft_jax.layers import (
 )
 from peft_jax.models.encoder import (
     HEADS,
-    Intermediate,
-    Output,
+    Embeddings,
     affine_tensors,
     check_head,
     encoder,
+    encoder_layer,
     encoder_tensors,
     head_modules,
     init_encoder,
     labels_of,
 )
 from peft_jax.models.tensors import Tensor
-from peft_jax.sequence import Sequence, arrange, layer_attention
+from peft_jax.sequence import layer_attention
 from peft_jax.weights import linear
 
 __all__ = ["EVERY", "HEADS", "MODEL_TYPES", "UNUSED", "bucket_table", "build", "init", "tensors"]
@@ -78,7 +78,7 @@ class Config:
     heads: int
     vocab: int
     types: int  # rows of the table of types; 0 for none
-    positions: int  # rows of the table of absolute positions; 0 for none
+    table: int  # rows of the table of absolute positions; 0 for none
     span: int  # rows of the table of distances, in either direction; 0 for none
     buckets: bool  # whether distances share rows
     longest: int  # the distance from which on all share one
@@ -97,6 +97,11 @@ class Config:
     compute_dtype: Any = None
     kind: str = "deberta-v2"
     root: str = ROOT
+    first: int = 0  # the position of the first token
+
+    @property
+    def positions(self) -> int:
+        return self.table
 
     @property
     def head_dim(self) -> int:
@@ -128,11 +133,9 @@ def read_config(
     heads, width = config.num_attention_heads, config.hidden_size
     if width % heads or get("attention_head_size", width // heads) != width // heads:
         raise ValueError(f"{heads} heads of {get('attention_head_size', width / heads)} do not make a width of {width}")
-    kernel = max(get("conv_kernel_size", 0), 0)
-    if kernel and (kernel % 2 == 0 or get("conv_groups", 1) != 1):
-        raise ValueError(
-            f"a convolution over {kernel} tokens in {get('conv_groups', 1)} groups is not supported: odd, 1"
-        )
+    kernel, groups = max(get("conv_kernel_size", 0), 0), get("conv_groups", 1)
+    if kernel and (kernel % 2 == 0 or groups != 1):
+        raise ValueError(f"conv_kernel_size {kernel} with conv_groups {groups} is not supported: an odd one with 1 is")
     longest = config.max_relative_positions if config.max_relative_positions > 0 else config.max_position_embeddings
     buckets = max(get("position_buckets", -1), 0)
     if buckets and (buckets % 2 or longest - 1 <= buckets // 2):
@@ -150,7 +153,7 @@ def read_config(
         heads=heads,
         vocab=config.vocab_size,
         types=config.type_vocab_size,
-        positions=config.max_position_embeddings if config.position_biased_input else 0,
+        table=config.max_position_embeddings if config.position_biased_input else 0,
         span=(buckets or longest) if config.relative_attention else 0,
         buckets=bool(buckets),
         longest=longest,
@@ -195,11 +198,17 @@ def rows_of(ahead: Int[Array, "rows queries keys"], c: Config) -> Int[Array, "ro
     return jnp.clip(c.span - ahead, 0, 2 * c.span - 1)
 
 
+def used_rows(longest: int, c: Config) -> tuple[int, int]:
+    """Where the rows begin and end that distances up to `longest` have: of a short text, some in the middle."""
+    far = int(bucket_table(c.span, c.longest)[min(longest, c.longest)]) if c.buckets else longest
+    return max(c.span - far, 0), min(c.span + far + 1, 2 * c.span)
+
+
 class Shared(NamedTuple):
     """What all layers see.
 
     visible     who sees whom
-    table       P: of each distance ``[1 or batch, 2 span, width]``, or None
+    table       P, or the rows of it that are used ``[1 or batch, rows, width]``, or None
     rows        int32 ``[1 or batch, time, time]``: which row of it is between a query and a key, or None
     nearby      the convolution of the embeddings ``[batch, time, width]``, and the norm behind it, or None
     """
@@ -236,7 +245,7 @@ class SelfAttention(nn.Module):
     attend: Callable[..., Array]
 
     @nn.compact
-    def __call__(self, x: Array, shared: Shared, prefix: Any) -> Array:
+    def __call__(self, x: Array, prefix: Any, shared: Shared) -> Array:
         c, visible = self.config, shared.visible
         split = lambda y: y.reshape(*y.shape[:2], c.heads, c.head_dim)  # noqa: E731
         projections = [Linear(c.width, True, name=name) for name in PROJECTIONS]
@@ -253,16 +262,6 @@ class SelfAttention(nn.Module):
         return y.reshape(x.shape)
 
 
-class Attention(nn.Module):
-    config: Config
-    attend: Callable[..., Array]
-
-    @nn.compact
-    def __call__(self, x: Array, shared: Shared, prefix: Any) -> Array:
-        y = SelfAttention(self.config, self.attend, name="self")(x, shared, prefix)
-        return Output(self.config, name="output")(y, x)
-
-
 class Layer(nn.Module):
     """One encoder layer, in the form that `run_layers` wants: (carry, this layer's inputs, what all layers share)."""
 
@@ -272,35 +271,11 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(self, x: Array, own: Any, shared: Shared) -> tuple[Array, None]:
         layer, prefix = own
-        x = Attention(self.config, self.attend, name="attention")(x, shared, prefix)
-        x = Output(self.config, name="output")(Intermediate(self.config, name="intermediate")(x), x)
+        x = encoder_layer(self.config, SelfAttention, self.attend, x, prefix, shared)
         if shared.nearby is not None:  # the first layer's alone
             y, weights = shared.nearby
             x = jnp.where(layer == 0, layer_norm(x + y, weights, self.config.epsilon), x)
         return x, None
-
-
-class Embeddings(nn.Module):
-    """Words, then what a prompt puts before them, then positions and types on all of it, where there are any."""
-
-    config: Config
-
-    @nn.compact
-    def __call__(self, inputs: Inputs, ports: Ports) -> tuple[Array, Sequence]:
-        c = self.config
-        x = Embed(c.vocab, c.embedding, name="word_embeddings")(inputs.tokens)
-        x = x if c.compute_dtype is None else x.astype(c.compute_dtype)
-        sequence = arrange(inputs, x, ports, causal=False)
-        x, soft = sequence.x, sequence.rows[1]
-        if c.positions:
-            x = x + Embed(c.positions, c.embedding, name="position_embeddings")(sequence.positions).astype(x.dtype)
-        if c.types:
-            types = jnp.zeros(inputs.tokens.shape, jnp.int32) if inputs.types is None else inputs.types
-            types = jnp.pad(types, ((0, 0), (soft, 0)))
-            x = x + Embed(c.types, c.embedding, name="token_type_embeddings")(types).astype(x.dtype)
-        if c.embedding != c.width:
-            x = Linear(c.width, name="embed_proj")(x)
-        return LayerNorm(c.epsilon, name="LayerNorm")(x), sequence
 
 
 class NormWeights(nn.Module):
@@ -344,11 +319,14 @@ class Encoder(nn.Module):
         ahead = keys[:, None, :] - sequence.positions[: len(keys), :, None]
         shared = Shared(sequence.visible)
         if c.span:
-            table = Embed(2 * c.span, c.width, name="rel_embeddings")(jnp.arange(2 * c.span)[None]).astype(x.dtype)
+            # Given positions may lie as far apart as they like, others no farther than there are keys.
+            longest = sequence.key_positions.shape[1] if inputs.positions is None else 2 * c.longest
+            start, stop = used_rows(longest, c)
+            table = Embed(2 * c.span, c.width, name="rel_embeddings")(jnp.arange(start, stop)[None]).astype(x.dtype)
             table = LayerNorm(c.epsilon, name="LayerNorm")(table) if c.normed else table
             if ports.adapter is not None:  # each row of the batch projects it by an adapter of its own
                 table = jnp.broadcast_to(table, (len(x), *table.shape[1:]))
-            shared = shared._replace(table=table, rows=rows_of(ahead, c))
+            shared = shared._replace(table=table, rows=rows_of(ahead, c) - start)
         if c.kernel:
             seen = sequence.visible.mask()[:, 0, :, before:]
             shared = shared._replace(nearby=Convolution(c, name="conv")(x, ahead, seen))
@@ -375,7 +353,7 @@ EXTRAS = ("position_embeddings", "token_type_embeddings", "embed_proj", "rel_emb
 def tensors(config: Any, head: str | None = None) -> tuple[Tensor, ...]:
     """Where each tensor of a Hugging Face checkpoint goes; without a head, names do not begin with the model's own."""
     c = read_config(config)
-    there = (c.positions, c.types, c.embedding != c.width, c.span, c.normed, c.kernel)
+    there = (c.table, c.types, c.embedding != c.width, c.span, c.normed, c.kernel)
     extras = tuple(name for name, has in zip(EXTRAS, there, strict=True) if has)
     separate = () if c.shared or not c.span else tuple(POSITION_PROJECTIONS[term] for term in c.terms)
     return _table("" if head is None else f"{ROOT}.", extras, separate, head_modules(head, POOLED))
