@@ -96,7 +96,7 @@ class Checkpoints:
         manifest |= {"position": _encode(position), "versions": _versions()}
         args = self._orbax.args
         saved = args.Composite(state=args.StandardSave(_plain(state)), manifest=args.JsonSave(manifest))
-        self._manager.save(int(state.step), args=saved, force=True)
+        self._manager.save(int(np.max(state.step)), args=saved, force=True)
 
     def restore(self, state: State, frozen: Params, step: int | None = None) -> Restored:
         """The checkpoint of `step`, or the latest, in the types and shardings of `state` (which may be abstract).
@@ -148,10 +148,10 @@ def describe(state: State, frozen: Params) -> dict[str, Any]:
     optimiser's state, by path.  Arrays and abstract arrays give the same."""
     params = combine(state.trainables, frozen)
     trees = {"params": params, "optimiser": state.opt_state, "key": state.key}
-    return {name: dict(_nodes(tree, "")) for name, tree in trees.items()}
+    return {name: dict(nodes(tree, "")) for name, tree in trees.items()}
 
 
-def _nodes(tree: Any, prefix: str) -> Iterator[tuple[str, str]]:
+def nodes(tree: Any, prefix: str) -> Iterator[tuple[str, str]]:
     """``(path, description)`` of every array and every `Weight`, a Weight before its fields."""
     for keys, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_weight)[0]:
         path = "/".join(part for part in (prefix, jax.tree_util.keystr(keys, simple=True, separator="/")) if part)
@@ -162,7 +162,7 @@ def _nodes(tree: Any, prefix: str) -> Iterator[tuple[str, str]]:
         static = [f.name for f in dataclasses.fields(node) if f.metadata.get("static")]
         yield path, f"{type(node).__name__}({', '.join(f'{name}={_static(fields.pop(name))}' for name in static)})"
         for name, value in fields.items():
-            yield from _nodes(value, f"{path}/{name}") if value is not None else ()
+            yield from nodes(value, f"{path}/{name}") if value is not None else ()
 
 
 def _array(x: Any) -> str:

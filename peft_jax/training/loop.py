@@ -93,25 +93,81 @@ def fit(
     >>> [round(run.history[i]["loss"], 1) for i in (0, -1)]
     [1.4, 0.0]
     """
+    state, frozen = init_state(params, tx, jax.random.key(0) if key is None else key)
+    step = make_step(forward, tx, loss, accumulate=accumulate, clip=clip, shardings=shardings_of(state))
+    state, history = train(
+        forward,
+        step,
+        state,
+        frozen,
+        Data(batches),
+        steps,
+        loss=loss,
+        key_given=key is not None,
+        checkpoints=checkpoints,
+        save_every=save_every,
+        keep=keep,
+        metrics=metrics,
+        evaluate_on=evaluate_on,
+        evaluate_every=evaluate_every,
+        callback=callback,
+        progress=progress,
+    )
+    return Run(combine(state.trainables, frozen), state.opt_state, steps, history)
+
+
+Whole = Callable[[State, Params], Iterable[tuple[Record, Params]]]
+
+
+def _one(state: State, frozen: Params) -> Iterable[tuple[Record, Params]]:
+    return [({}, combine(state.trainables, frozen))]
+
+
+def train(
+    forward: Forward,
+    step: Any,
+    state: State,
+    frozen: Params,
+    data: "Data",
+    steps: int,
+    *,
+    loss: Loss,
+    key_given: bool,
+    whole: Whole = _one,
+    log_of: Callable[..., Log] = Log,
+    checkpoints: str | os.PathLike[str] | None = None,
+    save_every: int = 100,
+    keep: int = 3,
+    metrics: str | os.PathLike[str] | None = None,
+    evaluate_on: Iterable[Batch] | None = None,
+    evaluate_every: int | None = None,
+    callback: Callable[[Record], None] | None = None,
+    progress: bool = True,
+) -> tuple[State, list[Record]]:
+    """The loop itself, whatever a step is: what `fit` and `fit_many` share.
+
+    Args:
+        step: compiled, as `make_step` gives it.
+        whole: the trees to evaluate, each with what its record says beside the numbers.
+        log_of: a `Log`, or another that judges each step.
+    """
     if isinstance(evaluate_on, Iterator):
         raise ValueError("evaluate_on is an iterator, which one evaluation uses up: give a list of batches")
     if evaluate_every is not None and evaluate_on is None:
         raise ValueError("evaluate_every is given and evaluate_on is not: give the batches to evaluate on")
     _positive(steps=steps, save_every=save_every, evaluate_every=1 if evaluate_every is None else evaluate_every)
-    state, frozen = init_state(params, tx, jax.random.key(0) if key is None else key)
-    step = make_step(forward, tx, loss, accumulate=accumulate, clip=clip, shardings=shardings_of(state))
-    data, store, start = _Data(batches), None, 0
+    store, start = None, 0
     if checkpoints is not None:
         store = Checkpoints(checkpoints, keep)
         metrics = File(checkpoints) / "metrics.jsonl" if metrics is None else metrics
     try:
         if store is not None and store.latest is not None:
-            state, start = _resume(store, state, frozen, data, steps, key is not None)
-        log = Log(metrics, start, steps, callback, progress)
+            state, start = _resume(store, state, frozen, data, steps, key_given)
+        log = log_of(metrics, start, steps, callback, progress)
         try:
             for index in range(start, steps):
                 batch = data.take(index)
-                tokens = check_batch(batch, forward.spec, index)
+                tokens = data.check(batch, forward.spec, index)
                 if index == start:
                     compile_step(step, state, frozen, batch)
                 state, measured = step(state, frozen, batch)
@@ -121,8 +177,9 @@ def fit(
                 last = index + 1 == steps
                 if evaluate_on is not None and (last or (evaluate_every and (index + 1) % evaluate_every == 0)):
                     log.report(store)
-                    found = evaluate(forward, combine(state.trainables, frozen), evaluate_on, loss)
-                    log.write({"step": index + 1} | {f"eval_{name}": value for name, value in found.items()})
+                    for said, params in whole(state, frozen):
+                        found = evaluate(forward, params, evaluate_on, loss)
+                        log.write({"step": index + 1, **said} | {f"eval_{name}": x for name, x in found.items()})
                     log.restart_clock()
                 if store is not None and (last or (index + 1) % save_every == 0):
                     log.report(store)  # never saves a state that has not been found finite
@@ -134,7 +191,7 @@ def fit(
     finally:
         if store is not None:
             store.close()
-    return Run(combine(state.trainables, frozen), state.opt_state, max(start, steps), log.history)
+    return state, log.history
 
 
 def _positive(**numbers: int) -> None:
@@ -144,7 +201,7 @@ def _positive(**numbers: int) -> None:
 
 
 def _resume(
-    store: Checkpoints, state: State, frozen: Params, data: "_Data", steps: int, key_given: bool
+    store: Checkpoints, state: State, frozen: Params, data: "Data", steps: int, key_given: bool
 ) -> tuple[State, int]:
     start = store.latest or 0
     if start > steps:
@@ -245,7 +302,7 @@ def check_targets(targets: np.ndarray, spec: Spec) -> None:
         raise ValueError(f"label {wrong} is none of the head's {spec.labels}, which count from 0")
 
 
-class _Data:
+class Data:
     """Any of the kinds of data that `fit` takes, as ``take(step)``."""
 
     def __init__(self, batches: Any) -> None:
@@ -265,6 +322,9 @@ class _Data:
             raise ValueError(_ended(self.taken, step)) from None
         self.taken += 1
         return batch
+
+    def check(self, batch: Any, spec: Spec, step: int) -> int:
+        return check_batch(batch, spec, step)
 
     def position(self) -> Any:
         return self.rows.get_state() if self.at is None and hasattr(self.rows, "get_state") else None

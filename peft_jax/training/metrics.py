@@ -45,20 +45,28 @@ class Log:
         if self.pending is None:
             return
         (step, tokens, measured), self.pending = self.pending, None
-        numbers = {name: value.item() for name, value in jax.device_get(measured).items()}
-        if not numbers.pop("finite"):
-            good = "no checkpoint was saved"
-            if store is not None and store.latest is not None:
-                good = f"the last good checkpoint is {store.path(store.latest)}"
-            raise FloatingPointError(
-                f"step {step} is not finite (loss {numbers['loss']}, gradient norm {numbers['grad_norm']}): it was not "
-                f"taken, and training stops; {good}"
-            )
+        numbers = jax.device_get(measured)
+        good = "no checkpoint was saved"
+        if store is not None and store.latest is not None:
+            good = f"the last good checkpoint is {store.path(store.latest)}"
+        found = self.judge(step, numbers, good)
         now = time.perf_counter()
         seconds, self.since = now - self.since, now
-        self.write({"step": step, **numbers, "tokens": tokens, "seconds": round(seconds, 6)})
-        self.bar.set_postfix_str(f"loss {numbers['loss']:.4f}, {tokens / seconds:,.0f} tokens/s", refresh=False)
+        for record in found:
+            self.write({**record, "tokens": tokens, "seconds": round(seconds, 6)})
+        losses = ", ".join(f"{record['loss']:.4f}" for record in found if "loss" in record)
+        self.bar.set_postfix_str(f"loss {losses}, {tokens / seconds:,.0f} tokens/s", refresh=False)
         self.bar.update()
+
+    def judge(self, step: int, numbers: dict[str, Any], good: str) -> list[Record]:
+        """The records of a step; raises if it is not finite.  `good` says what can be gone back to."""
+        record = {"step": step, **{name: value.item() for name, value in numbers.items()}}
+        if not record.pop("finite"):
+            raise FloatingPointError(
+                f"step {step} is not finite (loss {record['loss']}, gradient norm {record['grad_norm']}): it was not "
+                f"taken, and training stops; {good}"
+            )
+        return [record]
 
     def write(self, record: Record) -> None:
         self.history.append(record)

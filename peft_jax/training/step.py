@@ -47,14 +47,14 @@ def init_state(params: Params, tx: optax.GradientTransformation, key: Array) -> 
     if not jax.tree.leaves(trainables):
         raise ValueError("nothing in this tree trains: apply a method (or methods.unfreeze) before training")
     # Copied after the optimiser has looked at it: some optimisers keep the parameters themselves in their state.
-    with _lenient():
+    with lenient():
         opt_state = tx.init(trainables)
     state = jax.tree.map(_settled, State(trainables, opt_state, jnp.int32(0), key))
     return _spread(state), frozen
 
 
 @contextlib.contextmanager
-def _lenient() -> Iterator[None]:
+def lenient() -> Iterator[None]:
     """Optimisers are not ours, and several mix dtypes and ranks: a user's strict settings end where they begin."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
@@ -156,7 +156,7 @@ def make_step(
             gradient = jax.tree.map(lambda g: g * shrink.astype(g.dtype), gradient)
         gradient = jax.tree.map(lambda g, t: g.astype(t.dtype), gradient, state.trainables)
         value = total * inverse
-        with _lenient():
+        with lenient():
             updates, opt_state = tx.update(gradient, state.opt_state, state.trainables, value=value)
             moved = State(apply_updates(state.trainables, updates), opt_state, state.step + 1, state.key)
         finite = jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(global_norm(updates))
