@@ -339,6 +339,8 @@ class _Logs(Log):
         self.stopped |= failed.keys()
         for name, why in failed.items():
             if len(self.stopped) == len(self.names):
-                raise FloatingPointError(f"no run is left: step {step} of run {name!r}, as of the others, is {why}; {good}")
+                raise FloatingPointError(
+                    f"no run is left: step {step} of run {name!r}, as of the others, is {why}; {good}"
+                )
             warnings.warn(f"run {name!r} stops: step {step} is {why}; others go on", RuntimeWarning, stacklevel=2)
         return records
