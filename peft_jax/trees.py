@@ -306,7 +306,14 @@ def combine(first: Params, second: Params) -> Params:
     return jax.tree.map(lambda a, b: b if a is None else a, first, second, is_leaf=_is_hole)
 
 
-def freeze(tx: optax.GradientTransformation, params: Params) -> optax.GradientTransformationExtraArgs:
+Optimiser = optax.GradientTransformation | optax.MultiSteps  # which is no transformation itself, but is used as one
+
+
+def transformation(tx: Optimiser) -> optax.GradientTransformationExtraArgs:
+    return optax.with_extra_args_support(tx.gradient_transformation() if isinstance(tx, optax.MultiSteps) else tx)
+
+
+def freeze(tx: Optimiser, params: Params) -> optax.GradientTransformationExtraArgs:
     """An optimiser that sees, stores and moves the trainable leaves only.
 
     Works on whole trees and on the trainable half of `partition`; the updates it returns hold None for frozen leaves,
@@ -321,7 +328,7 @@ def freeze(tx: optax.GradientTransformation, params: Params) -> optax.GradientTr
     """
     if not any(jax.tree.leaves(trainable(params))):
         raise ValueError("nothing in this tree trains: apply a method (or methods.unfreeze) before freezing the rest")
-    inner = optax.with_extra_args_support(tx)
+    inner = transformation(tx)
 
     def init(params: Params) -> optax.OptState:
         return inner.init(partition(params)[0])

@@ -44,6 +44,8 @@ class Weight:
 
     trains: ClassVar[tuple[str, ...]] = ()
     shares: ClassVar[tuple[str, ...]] = ()
+    # The optimiser's state without which this leaf does not train as its paper says, and the function that makes it.
+    needs: ClassVar[tuple[type, str] | None] = None
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -1,5 +1,7 @@
 """The methods: one file a paper."""
 
+from peft_jax.methods.adalora import adalora, prune, ranks
+from peft_jax.methods.allocate_rank import allocate_rank, orthogonality
 from peft_jax.methods.dora import dora
 from peft_jax.methods.dylora import dylora, hold_rows, truncate, use_rank
 from peft_jax.methods.lora import lora
@@ -13,6 +15,8 @@ from peft_jax.methods.unfreeze import unfreeze
 from peft_jax.methods.vera import vera
 
 __all__ = [
+    "adalora",
+    "allocate_rank",
     "bake",
     "dora",
     "dylora",
@@ -20,10 +24,13 @@ __all__ = [
     "lora",
     "lora_plus",
     "olora",
+    "orthogonality",
     "p_tuning_v2",
     "pissa",
     "prefix_tuning",
     "prompt_tuning",
+    "prune",
+    "ranks",
     "truncate",
     "unfreeze",
     "use_rank",

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 from jaxtyping import Array
 
 from peft_jax.core import Forward, Params, Ports, Spec, check_tokens
@@ -19,7 +18,7 @@ from peft_jax.training.checkpoints import Checkpoints, abstract
 from peft_jax.training.losses import Batch, Loss, next_token
 from peft_jax.training.metrics import Log, Record
 from peft_jax.training.step import State, compile_step, init_state, make_step, shardings_of
-from peft_jax.trees import combine
+from peft_jax.trees import Optimiser, combine
 
 
 class Run(NamedTuple):
@@ -41,7 +40,7 @@ class Run(NamedTuple):
 def fit(
     forward: Forward,
     params: Params,
-    tx: optax.GradientTransformation,
+    tx: Optimiser,
     batches: Any,
     steps: int,
     *,
@@ -49,6 +48,7 @@ def fit(
     key: Array | None = None,
     accumulate: int = 1,
     clip: float | None = None,
+    allocate: bool = True,
     checkpoints: str | os.PathLike[str] | None = None,
     save_every: int = 100,
     keep: int = 3,
@@ -70,6 +70,7 @@ def fit(
         loss: ``loss(forward, params, batch, ports) -> (loss_sum, weight_sum)``.
         key: the run's key, from which dropout and the like are drawn; by default ``jax.random.key(0)``.
         accumulate, clip: as in `training.make_step`.
+        allocate: whether AdaLoRA's leaves must find `methods.allocate_rank` in `tx`; False trains them as they are.
         checkpoints: a directory.  A run that finds checkpoints there goes on from the latest, and ends bit for bit
             where an uninterrupted one ends.
         save_every, keep: how often a checkpoint is saved (and at the end), and how many are kept.
@@ -82,7 +83,8 @@ def fit(
     Raises:
         FloatingPointError: if a loss, gradient or update is not finite, with the step and the last good checkpoint.
         ValueError: if a token id is outside the vocabulary or the data ends early (with the batch), if the data set is
-            empty, or if the checkpoint does not fit this run (with the first path that differs).
+            empty, if `tx` is not what AdaLoRA's leaves need, or if the checkpoint does not fit this run (with the first
+            path that differs).
 
     >>> import jax.numpy as jnp, numpy as np, optax, peft_jax as pj
     >>> from peft_jax import methods, training
@@ -93,7 +95,7 @@ def fit(
     >>> [round(run.history[i]["loss"], 1) for i in (0, -1)]
     [1.4, 0.0]
     """
-    state, frozen = init_state(params, tx, jax.random.key(0) if key is None else key)
+    state, frozen = init_state(params, tx, jax.random.key(0) if key is None else key, allocate=allocate)
     step = make_step(forward, tx, loss, accumulate=accumulate, clip=clip, shardings=shardings_of(state))
     state, history = train(
         forward,

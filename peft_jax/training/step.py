@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array
 
 from peft_jax.core import Forward, Params, Ports
 from peft_jax.training.losses import Batch, Loss, next_token
-from peft_jax.trees import apply_updates, combine, partition
+from peft_jax.trees import Optimiser, apply_updates, combine, partition, transformation, weights
+from peft_jax.weights import Weight
 
 
 class State(NamedTuple):
@@ -37,11 +37,14 @@ class State(NamedTuple):
 Step = Callable[[State, Params, Batch], tuple[State, dict[str, Array]]]
 
 
-def init_state(params: Params, tx: optax.GradientTransformation, key: Array) -> tuple[State, Params]:
+def init_state(params: Params, tx: Optimiser, key: Array, *, allocate: bool = True) -> tuple[State, Params]:
     """``(state, frozen)`` at step 0.  The state is a copy, because the step that it is given to destroys it.
 
+    Args:
+        allocate: whether leaves that need an optimiser of their own (AdaLoRA's) must have it.
+
     Raises:
-        ValueError: if nothing in the tree trains.
+        ValueError: if nothing in the tree trains; if `tx` lacks what a leaf needs, or changes what comes out of it.
     """
     trainables, frozen = partition(params)
     if not jax.tree.leaves(trainables):
@@ -49,8 +52,38 @@ def init_state(params: Params, tx: optax.GradientTransformation, key: Array) -> 
     # Copied after the optimiser has looked at it: some optimisers keep the parameters themselves in their state.
     with lenient():
         opt_state = tx.init(trainables)
+    for w in weights(params) if allocate else ():
+        _check_needs(w, opt_state)
     state = jax.tree.map(_settled, State(trainables, opt_state, jnp.int32(0), key))
     return _spread(state), frozen
+
+
+def _check_needs(w: Weight, opt_state: Any) -> None:
+    if w.needs is None:
+        return
+    kind, maker = w.needs
+
+    def holds(node: Any) -> bool:
+        return any(isinstance(x, kind) for x in jax.tree.leaves(node, is_leaf=lambda x: isinstance(x, kind)))
+
+    def is_followed(node: Any) -> bool:
+        if isinstance(node, kind) or not isinstance(node, tuple | list | dict):
+            return False
+        inside = list(node.values()) if isinstance(node, dict) else list(node)
+        # optax.chain's state is a bare tuple; those of single transformations have names.
+        return (type(node) is tuple and any(map(holds, inside[:-1]))) or any(map(is_followed, inside))
+
+    name = f"{type(w).__name__} leaves of {getattr(w, 'name', '?')!r}"
+    if not holds(opt_state):
+        raise ValueError(
+            f"the {name} train under {maker}, which this optimiser is without: give {maker}(tx, steps), tx being the "
+            "whole optimiser, or allocate=False to train them as they are"
+        )
+    if is_followed(opt_state):
+        raise ValueError(
+            f"{maker} is followed by another transformation of an optax.chain, which would change what it does to the "
+            f"{name}: give {maker}(optax.chain(…), steps)"
+        )
 
 
 @contextlib.contextmanager
@@ -84,7 +117,7 @@ def shardings_of(state: State) -> State | None:
 
 def make_step(
     forward: Forward,
-    tx: optax.GradientTransformation,
+    tx: Optimiser,
     loss: Loss = next_token,
     *,
     accumulate: int = 1,
@@ -117,7 +150,7 @@ def make_step(
         raise ValueError(f"accumulate is {accumulate}: give the number of micro-batches, 1 or more")
     if clip is not None and not clip > 0:
         raise ValueError(f"clip is {clip}: give the largest gradient norm, above 0")
-    tx = optax.with_extra_args_support(tx)
+    optimiser = transformation(tx)
 
     def micro(trainables: Params, frozen: Params, batch: Batch, step_key: Array, micro_key: Array) -> Any:
         """``(loss_sum, weight_sum), gradient of loss_sum`` of one micro-batch, in fp32."""
@@ -157,7 +190,7 @@ def make_step(
         gradient = jax.tree.map(lambda g, t: g.astype(t.dtype), gradient, state.trainables)
         value = total * inverse
         with lenient():
-            updates, opt_state = tx.update(gradient, state.opt_state, state.trainables, value=value)
+            updates, opt_state = optimiser.update(gradient, state.opt_state, state.trainables, value=value)
             moved = State(apply_updates(state.trainables, updates), opt_state, state.step + 1, state.key)
         finite = jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(global_norm(updates))
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state)
