@@ -485,9 +485,9 @@ def test_pruning_for_good() -> None:
     assert up.q.shape == (3, WIDTH, 4) and up.triplets == ("010010", "000000", "110101")
     assert methods.prune(small) is not small and same(methods.prune(small), small)
     assert table(counts).splitlines() == [
-        "                   0    1    2",
-        "layers.*.up        2    0    4",
-        "layers.*.down      3    3    3",
+        "                 0    1    2",
+        "layers.*.up      2    0    4",
+        "layers.*.down    3    3    3",
     ]
     # It trains on, under any optimiser with or without more pruning, and what pads it stays where it is.
     noisy = stirred(small, seed=5)
