@@ -40,11 +40,12 @@ class Weight:
     It names in `shares` the fields whose arrays have no leading axes, because all layers (and all leaves of one method)
     use the same: None in the tree, where ``params["methods"][name]`` holds each once, and there during a call
     (`peft_jax.trees.share`).
+
+    It names in `needs` the optimiser's state without which it does not train as its paper says, and what makes that.
     """
 
     trains: ClassVar[tuple[str, ...]] = ()
     shares: ClassVar[tuple[str, ...]] = ()
-    # The optimiser's state without which this leaf does not train as its paper says, and the function that makes it.
     needs: ClassVar[tuple[type, str] | None] = None
 
     @property

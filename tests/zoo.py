@@ -167,6 +167,7 @@ class Row(NamedTuple):
     method      ``(key, params, forward) -> (params, forward)``
     trains      how many numbers train, by the paper's formula
     optimiser   () -> the optimiser that belongs to the method
+    keeps       how many numbers it keeps beside Adam's two for each that trains
     Where a law does not hold, the row says why; an empty reason means that it does:
     changes     the output is not the base's at the start
     stays       it cannot be merged
@@ -179,6 +180,7 @@ class Row(NamedTuple):
     method: Callable[..., tuple[Any, pj.Forward]]
     trains: int
     optimiser: Callable[[], optax.GradientTransformation] = lambda: optax.adam(3e-3)
+    keeps: int = 0
     changes: str = ""
     stays: str = ""
     slope: str = ""
@@ -193,6 +195,11 @@ def vectors(rank: int, *shapes: tuple[int, int]) -> int:
 def low_rank(rank: int, *shapes: tuple[int, int]) -> int:
     """LoRA, section 4.2: r · (in + out) for every adapted matrix."""
     return rank * sum(inputs + outputs for inputs, outputs in shapes)
+
+
+def triplets(rank: int, *shapes: tuple[int, int]) -> int:
+    """AdaLoRA, section 3.1: r · (in + out + 1) for every adapted matrix."""
+    return low_rank(rank, *shapes) + rank * len(shapes)
 
 
 Q, K, V, OUT = (WIDTH, WIDTH), (WIDTH, KV), (WIDTH, KV), (WIDTH, WIDTH)
@@ -233,6 +240,11 @@ def truncated(rank: int, method: pj.Method) -> Callable[..., tuple[Any, pj.Forwa
         return methods.truncate(params, rank), forward
 
     return made
+
+
+def allocated(steps: int = 3) -> optax.GradientTransformationExtraArgs:
+    """AdaLoRA's optimiser, which prunes in the second step and holds the target in the third."""
+    return methods.allocate_rank(optax.adam(0.05), steps, initial_steps=0, final_steps=1, orthogonality=0)
 
 
 PUT_BEFORE = {"changes": "random rows stand before the tokens", "stays": "it acts beside the weights"}
@@ -308,6 +320,15 @@ ROWS = (
         methods.vera(4, ".*", seed=3),
         LAYERS * vectors(4, Q, K, V, OUT, GATE, UP, DOWN) + vectors(4, EMBED, HEAD),
         foreign="embed_tokens.* HF PEFT's VeRA acts on linears alone",
+    ),
+    Row(
+        "adalora",
+        # The last two look at numbers and change shapes: their laws are in test_adalora.
+        ("adalora", "allocate_rank", "orthogonality", "prune", "ranks"),
+        methods.adalora(2, 32, "(q|v|down)_proj", initial_rank=3, layers=[0, 2]),
+        2 * triplets(3, Q, V, DOWN),
+        optimiser=allocated,
+        keeps=LAYERS * (2 * triplets(3, Q, V, DOWN) + 2 * 3 * 3) + 2,  # scores of padding too
     ),
     Row("one layer", ("unfreeze",), methods.unfreeze(r"layers\.1\."), LAYER),
     Row("everything", ("unfreeze",), methods.unfreeze(""), LAYERS * LAYER + WIDTH + 2 * TABLE),
