@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from peft_jax import trees
@@ -103,7 +102,9 @@ def adapt(params: Params, found: Found) -> Params:
     for module in found.modules:
         a, e, b = (found.tensors[key] for key in _keys(module))
         source = found.names.matrices[module]
-        for part, one in zip(source.parts, _divide(Module(a.T, e[:, 0], b.T, _held(module, found.config)), source), strict=True):
+        for part, one in zip(
+            source.parts, _divide(Module(a.T, e[:, 0], b.T, _held(module, found.config)), source), strict=True
+        ):
             slots.setdefault(part.path, {})[part.layer] = one
     settings = _settings(found.config)
 
@@ -128,12 +129,11 @@ def _divide(one: Module, source: Source) -> list[Module]:
 
 def _leaf(leaf: Leaf, mine: Mapping[int | None, Module], settings: Settings, found: Found) -> SVD:
     layers: list[int | None] = [None] if None in mine else list(range(leaf.shape[0]))
-    dtype = found.dtype or np.result_type(*(x.dtype for one in mine.values() for x in one[:3]))
-    rank = max(1, *(len(one.values) for one in mine.values()), 1)
-    shapes = ((leaf.shape[-2], rank), (rank,), (rank, leaf.shape[-1]))
-    q, values, p = (
-        stacked({layer: one[i] for layer, one in mine.items()}, layers, shape, dtype) for i, shape in enumerate(shapes)
-    )
+    dtype = found.dtype or np.result_type(*(x.dtype for one in mine.values() for x in (one.q, one.values, one.p)))
+    rank = max([1, *(len(one.values) for one in mine.values())])
+    q = stacked({layer: one.q for layer, one in mine.items()}, layers, (leaf.shape[-2], rank), dtype)
+    values = stacked({layer: one.values for layer, one in mine.items()}, layers, (rank,), dtype)
+    p = stacked({layer: one.p for layer, one in mine.items()}, layers, (rank, leaf.shape[-1]), dtype)
     on = {layer: np.ones(len(one.values), bool) for layer, one in mine.items()}
     scales = {layer: np.asarray(settings.scale) for layer in mine}
     return SVD(
@@ -161,6 +161,8 @@ def holds(leaf: Leaf) -> bool:
 
 
 def read(params: Params, names: Names) -> Held:
+    for name in params.get("methods", ()):
+        raise ValueError(f"methods/{name} is shared by the layers: HF PEFT's AdaLoRA format cannot hold it")
     leaves = trees.leaves(params)
     found = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, SVD)}
     bases = leaves | {path: leaf.base for path, leaf in found.items()}
@@ -172,14 +174,13 @@ def read(params: Params, names: Names) -> Held:
         if any(mine):
             _refuse_embeddings(module, names, source.where)
             adapted[module] = _together(mine, source)
-    for name in params.get("methods", ()):
-        raise ValueError(f"methods/{name} is shared by the layers: HF PEFT's AdaLoRA format cannot hold it")
     targets = {w.target: path for path, w in found.items()}
     for what, different in (("scale", scales), ("target rank", targets)):
         if len(different) > 1:
             raise ValueError(f"{' and '.join(map(str, different))} are {what}s in this tree: HF PEFT's AdaLoRA has one")
     initial = max((len(one.held) for one in adapted.values()), default=1)
-    return Held(adapted, bases, Settings(initial, *targets, *scales))
+    (target,), (scale,) = targets, scales
+    return Held(adapted, bases, Settings(initial, target, scale))
 
 
 def _one(leaf: SVD | None, layer: int | None, scales: dict[np.float32, str]) -> Module | None:
@@ -187,7 +188,9 @@ def _one(leaf: SVD | None, layer: int | None, scales: dict[np.float32, str]) -> 
     held = "" if leaf is None else leaf.triplets[layer or 0]
     if leaf is None or not held:
         return None
-    q, values, p, scale = (np.asarray(x if layer is None else x[layer]) for x in (leaf.q, leaf.values, leaf.p, leaf.scale))
+    q, values, p, scale = (
+        np.asarray(x if layer is None else x[layer]) for x in (leaf.q, leaf.values, leaf.p, leaf.scale)
+    )
     scales.setdefault(np.float32(scale), leaf.name)
     rank = held.count("1")
     return Module(q[:, :rank], values[:rank], p[:rank], held)
@@ -197,15 +200,17 @@ def _together(mine: Sequence[Module | None], source: Source) -> Module:
     """A module's triplets of its parts'."""
     given = [one for one in mine if one is not None]
     first, *rest = given
-    if len(given) == len(mine) and all(np.array_equal(x, y) for one in rest for x, y in zip(first[:2], one[:2], strict=True)):
+    shared = all(np.array_equal(first.q, one.q) and np.array_equal(first.values, one.values) for one in rest)
+    if len(given) == len(mine) and shared:
         return first._replace(p=np.concatenate([one.p for one in given], -1))
-    rows = []
+    blocks = []
     for part, one in zip(source.parts, mine, strict=True):
         if one is not None:
-            rows.append(np.zeros((len(one.p), source.outputs), one.p.dtype))
-            rows[-1][:, part.start : part.stop] = one.p
-    q, values, p = np.concatenate([one.q for one in given], -1), np.concatenate([one.values for one in given]), np.concatenate(rows)
-    return Module(q, values, p, ("1" * len(values)).ljust(max(len(one.held) for one in given), "0"))
+            blocks.append(np.zeros((len(one.p), source.outputs), one.p.dtype))
+            blocks[-1][:, part.start : part.stop] = one.p
+    q, values = np.concatenate([one.q for one in given], -1), np.concatenate([one.values for one in given])
+    held = ("1" * len(values)).ljust(max(len(one.held) for one in given), "0")
+    return Module(q, values, np.concatenate(blocks), held)
 
 
 def describe(held: Held, names: Names, options: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -6,13 +6,13 @@ from typing import Any
 
 from peft_jax import trees
 from peft_jax.core import Forward, Params
+from peft_jax.interop.hf_peft import adalora, files, lora, prompts, vera, whole
 from peft_jax.interop.hf_peft import config as configs
-from peft_jax.interop.hf_peft import files, lora, prompts, vera, whole
 from peft_jax.interop.hf_peft.contract import compare, draw_up
 from peft_jax.interop.hf_peft.kinds import Found
 from peft_jax.interop.hf_peft.names import names_of, refuse_copies, refuse_unreached
 
-KINDS = {kind.peft_type: kind for kind in (vera.KIND, lora.KIND)}  # the last holds what no other does
+KINDS = {kind.peft_type: kind for kind in (adalora.KIND, vera.KIND, lora.KIND)}  # the last holds what no other does
 
 
 def load(

@@ -141,7 +141,7 @@ def _untie(mine: dict[str, Adapter], names: Names) -> None:
                 raise ValueError(tied_apart(head, embedding, "adapts them differently"))
 
 
-def _split(one: Adapter, source: Source) -> list[int] | None:
+def split(one: Adapter, source: Source) -> list[int] | None:
     """How the directions of a fused pair divide among its parts, where each acts on one part alone."""
     acts = np.stack([np.any(one.b[:, part.start : part.stop] != 0, 1) for part in source.parts], 1)  # [r, parts]
     owner = np.argmax(acts, 1)
@@ -154,8 +154,8 @@ def _split(one: Adapter, source: Source) -> list[int] | None:
 
 def _divide(one: Adapter, source: Source) -> list[Adapter]:
     """Each part's adapter: A copied and B sliced, or (in blocks) only the directions that are the part's own."""
-    split = _split(one, source)
-    edges = np.cumsum([0, *split]) if split else None
+    own = split(one, source)
+    edges = np.cumsum([0, *own]) if own else None
 
     def mine(index: int, part: Part) -> Adapter:
         rows = slice(None) if edges is None else slice(edges[index], edges[index + 1])
@@ -277,7 +277,9 @@ def scaling(adapted: Mapping[str, tuple[int, np.float32]]) -> dict[str, Any]:
 
     A tree holds scales, not α: the config says rsLoRA where only that makes every α a whole number.
     """
-    plain, rooted = ({m: _alpha(*pair, root) for m, pair in adapted.items()} for root in (False, True))
+    plain, rooted = (
+        {m: simplest(s, math.sqrt(r) if root else r) for m, (r, s) in adapted.items()} for root in (False, True)
+    )
     whole = [all(isinstance(alpha, int) for alpha in alphas.values()) for alphas in (plain, rooted)]
     alphas = rooted if whole == [False, True] else plain
     rank = configs.commonest([rank for rank, _ in adapted.values()], 8)
@@ -291,9 +293,8 @@ def scaling(adapted: Mapping[str, tuple[int, np.float32]]) -> dict[str, Any]:
     }
 
 
-def _alpha(rank: int, scale: np.float32, root: bool) -> int | float:
-    """The simplest α that gives this very scale."""
-    divisor = math.sqrt(rank) if root else rank
+def simplest(scale: np.float32, divisor: float) -> int | float:
+    """The simplest α that, divided, gives this very scale."""
     exact = float(scale) * divisor
     if not math.isfinite(exact):
         raise ValueError(f"an adapter's scale is {scale}, which no config can hold")
