@@ -185,10 +185,13 @@ def whole(path: Path, fill: Callable[[Path], Any]) -> None:
     """Writes a file whole or not at all: `fill` is given another name, which is then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
-    fill(part)
-    with part.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        fill(part)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 # -- running ----------------------------------------------------------------------------------------------------------

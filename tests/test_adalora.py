@@ -20,6 +20,7 @@ from oracles.peft_models import PREFIX, TOKENS, base
 from peft.tuners.adalora.layer import RankAllocator
 
 import peft_jax as pj
+from experiments import rank_map
 from peft_jax import methods, training
 from peft_jax.methods.adalora import SVD, Allocation, Triplets, found, table
 from peft_jax.training import init_state, make_step
@@ -502,6 +503,38 @@ def test_pruning_for_good() -> None:
         methods.prune(pj.strip(small))
     with pytest.raises(ValueError, match="kernel has holes: combine the two halves"):
         methods.prune(pj.partition(small)[1])
+
+
+def test_the_map_of_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written whole or not at all; the same ranks are the same bytes."""
+    counts = {f"layers.{i}.{name}": i for i in range(3) for name in ("up", "down")} | {"layers.1.gate": 7, "head": 4}
+    for ending, start in (("png", b"\x89PNG"), ("svg", b"<?xml")):
+        file = tmp_path / f"ranks.{ending}"
+        rank_map.draw(counts, file)
+        first = file.read_bytes()
+        rank_map.draw(counts, file)
+        assert first.startswith(start) and file.read_bytes() == first
+        rank_map.draw(counts | {"head": 5}, file)
+        assert file.read_bytes() != first
+    assert "layers.*.gate" in first.decode() and {path.name for path in tmp_path.iterdir()} == {
+        "ranks.png",
+        "ranks.svg",
+    }
+    before = file.read_bytes()
+
+    def full(self: Any, part: Path, **options: Any) -> None:
+        part.write_bytes(b"half")
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.savefig", full)
+        with pytest.raises(OSError, match="disk is full"):
+            rank_map.draw(counts, file)
+    assert file.read_bytes() == before and len(list(tmp_path.iterdir())) == 2
+    with pytest.raises(ValueError, match=r"ranks\.gif ends in '\.gif': choose \.png or \.svg"):
+        rank_map.draw(counts, tmp_path / "ranks.gif")
+    with pytest.raises(ValueError, match="no ranks to draw"):
+        rank_map.draw({}, file)
 
 
 def test_some_layers() -> None:

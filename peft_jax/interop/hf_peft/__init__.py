@@ -14,8 +14,8 @@ PiSSA, OLoRA    saved as a plain LoRA of rank 2r, ``[A, A₀] [B; −B₀]``, th
                 hold A and B alone: loading computes A₀ and B₀ again from the base, as HF PEFT does.
 VeRA            ``vera_lambda_d`` and ``_b``; the pair is written too (``base_model.vera_A``, ``_B``) or left to the
                 seed (``save_projection``).  A pair that is not its seed's is refused, unless `load` is told to take it.
-AdaLoRA         ``lora_A``, ``lora_E`` and ``lora_B``: Q, λ and P, without what pads them.  What `methods.prune` took away is
-                in ``rank_pattern``; λ = 0 alone is kept.  The scale is α/(r₀ + 1e-5) on both sides.  Fused, as below.
+AdaLoRA         ``lora_A``, ``lora_E`` and ``lora_B``: Q, λ and P, without their padding.  What `methods.prune` took is
+                in ``rank_pattern``; what is only λ = 0 is written.  The scale is α/(r₀ + 1e-5) on both sides.
 unfreeze        ``modules_to_save``, whole modules: a norm's bias comes with its scale.  Biases alone are the bias mode
                 'all', or 'lora_only' with those of all adapted modules.
 fused matrices  GPT-2's c_attn is three leaves here.  Saved, it is one pair of rank r_q + r_k + r_v, B in blocks, which
