@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import importlib.util
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -128,6 +129,9 @@ def test_buckets_equal_those_of_transformers(buckets: int, longest: int) -> None
     found = deberta.rows_of(jnp.asarray(-far.numpy(), jnp.int32)[None, None], deberta.read_config(config))
     np.testing.assert_array_equal(found[0, 0], wanted)
     assert {0, 2 * buckets - 1} <= set(wanted.tolist())
+    for most in (1, 11, buckets, 3 * longest):
+        some = wanted[np.abs(far.numpy()) <= most]
+        assert deberta.used_rows(most, deberta.read_config(config)) == (some.min(), some.max() + 1)
 
 
 # -- outputs ----------------------------------------------------------------------------------------------------------
@@ -142,6 +146,9 @@ def test_outputs_equal_torch(name: str, head: str | None) -> None:
     real = real_rows(head)
     np.testing.assert_allclose(run(params, Inputs(TOKENS, types=TYPES)), plain, **CLOSE)
     np.testing.assert_allclose(run(params, Inputs(TOKENS, types=TYPES, mask=MASK))[real], padded[real], **CLOSE)
+    given = np.maximum(np.cumsum(MASK, 1) - 1, 0).astype(np.int32) + 2 * (forward.spec.positions == 0)
+    shifted = run(params, Inputs(TOKENS, types=TYPES, mask=MASK, positions=given))
+    np.testing.assert_allclose(shifted[real], padded[real], **CLOSE)
     left = run(params, Inputs(to_the_left(TOKENS), types=to_the_left(TYPES), mask=to_the_left(MASK)))
     np.testing.assert_allclose(left if head == "classification" else left[to_the_left(MASK)], padded[real], **CLOSE)
     if head != "classification":  # packed
@@ -155,7 +162,7 @@ def test_outputs_equal_torch(name: str, head: str | None) -> None:
 
 @pytest.mark.parametrize(("name", "head"), ALL)
 def test_gradients_equal_torch(name: str, head: str | None) -> None:
-    """Of every weight, under padding; of the largest model also unrolled, and with layers recomputed less."""
+    """Of every weight, under padding."""
     model, params, forward = pair(name, head)
     given = Inputs(TOKENS, types=TYPES, mask=MASK)
     probe = RANDOM.normal(size=theirs(model, head).shape).astype(np.float32)
@@ -164,19 +171,19 @@ def test_gradients_equal_torch(name: str, head: str | None) -> None:
     (outputs(model, head, MASK) * torch.tensor(probe)).sum().backward()
     wanted = {key: p.grad.numpy() for key, p in model.named_parameters() if p.grad is not None}
 
-    def check(params: Any, forward: pj.Forward, scan: bool) -> None:
-        found = compiled(jax.grad(lambda p: (forward(p, given) * probe).sum()))(params)
-        truth = fill(deberta.tensors(CONFIGS[name], head), wanted, found, 3, scan)
-        for (keys, array), right in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(truth), strict=True):
-            where = jax.tree_util.keystr(keys)
-            np.testing.assert_allclose(array, right, atol=2e-5 * max(np.abs(right).max(), 1), rtol=2e-3, err_msg=where)
-            assert np.abs(right).max() > 1e-3 or "key_proj']['bias" in where, where  # shifts all scores alike
+    found = compiled(jax.grad(lambda p: (forward(p, given) * probe).sum()))(params)
+    truth = fill(deberta.tensors(CONFIGS[name], head), wanted, found, 3, True)
+    for (keys, array), right in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(truth), strict=True):
+        where = jax.tree_util.keystr(keys)
+        np.testing.assert_allclose(array, right, atol=2e-5 * max(np.abs(right).max(), 1), rtol=2e-3, err_msg=where)
+        assert np.abs(right).max() > 1e-3 or "key_proj']['bias" in where, where  # shifts all scores alike
 
-    check(params, forward, True)
-    if name == "v2-xxlarge":
-        check(params, deberta.build(config_of(name, head), head=head, remat="dots"), True)
-        _, params, forward = pair(name, head, scan=False, remat="none")
-        check(params, forward, False)
+
+def test_unrolled_and_kept_layers_equal_scanned_ones() -> None:
+    _, params, forward = pair("v2-xxlarge", None)
+    given = Inputs(TOKENS, types=TYPES, mask=MASK)
+    _, unrolled, loop = pair("v2-xxlarge", None, scan=False, remat="none")
+    close(compiled(loop)(unrolled, given)[MASK], compiled(forward)(params, given)[MASK])
 
 
 def test_half_precision() -> None:
@@ -371,7 +378,7 @@ def test_counts_of_the_papers() -> None:
             )
 
 
-def test_bad_input_is_refused(tmp_path: Path) -> None:
+def test_bad_input_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for wrong, message in (
         ({"pos_att_type": "p2p"}, "pos_att_type 'p2p' is not supported: c2p and p2c are"),
         ({"attention_head_size": 5}, "4 heads of 5 do not make a width of 32"),
@@ -384,3 +391,11 @@ def test_bad_input_is_refused(tmp_path: Path) -> None:
             deberta.build(tf.DebertaV2Config(**SHAPE | wrong))
     with pytest.raises(ValueError, match="deberta-v2 has no head 'score'"):
         deberta.build(CONFIGS["v3"], head="score")
+    model, base, plain = pair("v3", "classification")
+    with pytest.raises(ValueError, match="rel_embeddings, whose numbers transformers reads past an adapter of HF PEFT"):
+        hf_peft.save(tmp_path / "a", methods.lora(2, select="rel_embeddings")(KEY, base, plain)[0])
+    model.save_pretrained(tmp_path / "m")
+    (tmp_path / "m" / "spm.model").write_bytes(b"")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"keeps its tokenizer in spm\.model, which takes the package sentencepiece"):
+        models.load(tmp_path / "m")

@@ -141,6 +141,7 @@ OTHERS = {
     "gpt2": "c_attn|c_fc|wte",
     "bert": "query|value|word_embeddings",
     "roberta": "query|value|word_embeddings",
+    "deberta-v2": "(query|value)_proj|word_embeddings",
     "t5": r"Attention\.(q|v)|shared",
     "bart": "(q|v)_proj|shared",
 }

@@ -43,6 +43,17 @@ CONFIGS = {
     ),
     "bert": transformers.BertConfig(**ENCODER, pad_token_id=0),
     "roberta": transformers.RobertaConfig(**ENCODER, pad_token_id=1),
+    "deberta-v2": transformers.DebertaV2Config(
+        **ENCODER,
+        relative_attention=True,
+        pos_att_type="p2c|c2p",
+        position_buckets=8,
+        share_att_key=True,
+        norm_rel_ebd="layer_norm",
+        position_biased_input=False,
+        conv_kernel_size=3,
+        conv_act="gelu",
+    ),
     "t5": transformers.T5Config(
         d_model=WIDTH, d_kv=6, d_ff=HIDDEN, num_layers=LAYERS, num_decoder_layers=2, num_heads=4, vocab_size=VOCAB
     ),

@@ -102,8 +102,8 @@ def _no_weights(folder: File) -> str:
     if pickles:
         return (
             f"{folder} holds {pickles[0]}, a pickle, which can run any code when it is opened: in an environment that "
-            "you trust it with, convert it by transformers' AutoModelForCausalLM.from_pretrained(folder)"
-            ".save_pretrained(new_folder)"
+            "you trust it with, convert it by transformers' AutoModelForCausalLM (an encoder: AutoModel)"
+            ".from_pretrained(folder).save_pretrained(new_folder)"
         )
     return f"{folder} holds neither model.safetensors nor model.safetensors.index.json"
 

@@ -128,11 +128,9 @@ def read_config(
     heads, width = config.num_attention_heads, config.hidden_size
     if width % heads or get("attention_head_size", width // heads) != width // heads:
         raise ValueError(f"{heads} heads of {get('attention_head_size', width / heads)} do not make a width of {width}")
-    kernel = max(get("conv_kernel_size", 0), 0)
-    if kernel and (kernel % 2 == 0 or get("conv_groups", 1) != 1):
-        raise ValueError(
-            f"a convolution over {kernel} tokens in {get('conv_groups', 1)} groups is not supported: odd, 1"
-        )
+    kernel, groups = max(get("conv_kernel_size", 0), 0), get("conv_groups", 1)
+    if kernel and (kernel % 2 == 0 or groups != 1):
+        raise ValueError(f"conv_kernel_size {kernel} with conv_groups {groups} is not supported: an odd one with 1 is")
     longest = config.max_relative_positions if config.max_relative_positions > 0 else config.max_position_embeddings
     buckets = max(get("position_buckets", -1), 0)
     if buckets and (buckets % 2 or longest - 1 <= buckets // 2):
@@ -195,11 +193,17 @@ def rows_of(ahead: Int[Array, "rows queries keys"], c: Config) -> Int[Array, "ro
     return jnp.clip(c.span - ahead, 0, 2 * c.span - 1)
 
 
+def used_rows(longest: int, c: Config) -> tuple[int, int]:
+    """Where the rows begin and end that distances up to `longest` have: of a short text, some in the middle."""
+    far = int(bucket_table(c.span, c.longest)[min(longest, c.longest)]) if c.buckets else longest
+    return max(c.span - far, 0), min(c.span + far + 1, 2 * c.span)
+
+
 class Shared(NamedTuple):
     """What all layers see.
 
     visible     who sees whom
-    table       P: of each distance ``[1 or batch, 2 span, width]``, or None
+    table       P, or the rows of it that are used ``[1 or batch, rows, width]``, or None
     rows        int32 ``[1 or batch, time, time]``: which row of it is between a query and a key, or None
     nearby      the convolution of the embeddings ``[batch, time, width]``, and the norm behind it, or None
     """
@@ -344,11 +348,14 @@ class Encoder(nn.Module):
         ahead = keys[:, None, :] - sequence.positions[: len(keys), :, None]
         shared = Shared(sequence.visible)
         if c.span:
-            table = Embed(2 * c.span, c.width, name="rel_embeddings")(jnp.arange(2 * c.span)[None]).astype(x.dtype)
+            # Given positions may lie as far apart as they like, others no farther than there are keys.
+            longest = sequence.key_positions.shape[1] if inputs.positions is None else 2 * c.longest
+            start, stop = used_rows(longest, c)
+            table = Embed(2 * c.span, c.width, name="rel_embeddings")(jnp.arange(start, stop)[None]).astype(x.dtype)
             table = LayerNorm(c.epsilon, name="LayerNorm")(table) if c.normed else table
             if ports.adapter is not None:  # each row of the batch projects it by an adapter of its own
                 table = jnp.broadcast_to(table, (len(x), *table.shape[1:]))
-            shared = shared._replace(table=table, rows=rows_of(ahead, c))
+            shared = shared._replace(table=table, rows=rows_of(ahead, c) - start)
         if c.kernel:
             seen = sequence.visible.mask()[:, 0, :, before:]
             shared = shared._replace(nearby=Convolution(c, name="conv")(x, ahead, seen))

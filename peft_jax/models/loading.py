@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import importlib.util
 import os
 import re
 from pathlib import Path as File
@@ -30,7 +31,8 @@ from peft_jax.models.families import family
 from peft_jax.trees import ADDED, bare, weights
 from peft_jax.weights import Unfrozen
 
-WANTED = ["model*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model", "spiece.model", "spm.model"]
+SENTENCEPIECE = ("tokenizer.model", "spiece.model", "spm.model")
+WANTED = ["model*.safetensors", "*.json", "*.jinja", "*.txt", *SENTENCEPIECE]
 OURS = (".safetensors", ".json", ".jinja", ".txt", ".model")  # what a saved model consists of, by suffix
 ARCHITECTURES = {
     None: MODEL_MAPPING_NAMES,
@@ -39,15 +41,7 @@ ARCHITECTURES = {
     "answers": MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
 }
 NEW = ("classifier", "qa_outputs", "pooler.dense")  # where heads lie, which a pretrained checkpoint lacks
-TOKENIZERS = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "spiece.model",
-    "spm.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-)
+TOKENIZERS = ("tokenizer.json", *SENTENCEPIECE, "tokenizer_config.json", "vocab.json", "vocab.txt")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -214,6 +208,12 @@ def _config(folder: File) -> Any:
 def _tokenizer(folder: File) -> Any:
     if not any((folder / name).is_file() for name in TOKENIZERS):
         return None
+    source = next((name for name in SENTENCEPIECE if (folder / name).is_file()), None)
+    if source and not (folder / "tokenizer.json").is_file() and not importlib.util.find_spec("sentencepiece"):
+        raise ValueError(
+            f"{folder} keeps its tokenizer in {source}, which takes the package sentencepiece to read: install it, or "
+            "give tokenizer= a directory with the model's tokenizer.json"
+        )
     return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 

@@ -10,7 +10,7 @@ from peft_jax.interop.hf_peft import config as configs
 from peft_jax.interop.hf_peft import files, lora, prompts, vera, whole
 from peft_jax.interop.hf_peft.contract import compare, draw_up
 from peft_jax.interop.hf_peft.kinds import Found
-from peft_jax.interop.hf_peft.names import names_of, refuse_copies
+from peft_jax.interop.hf_peft.names import names_of, refuse_copies, refuse_unreached
 
 KINDS = {kind.peft_type: kind for kind in (vera.KIND, lora.KIND)}  # the last holds what no other does
 
@@ -60,6 +60,7 @@ def load(
     contract = draw_up(config, names, kind)
     modules = list(contract.adapted)
     refuse_copies([*modules, *(source.module for source in contract.whole.values())], str(folder))
+    refuse_unreached(modules, str(folder))
     compare(tensors, contract, names, model.params, config, where)
 
     trees.claim(name, model.params)

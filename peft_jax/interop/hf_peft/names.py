@@ -93,6 +93,16 @@ def refuse_copies(modules: Collection[str], where: str) -> None:
             )
 
 
+def refuse_unreached(modules: Collection[str], where: str) -> None:
+    """Raises on an adapter of DeBERTa's table of distances."""
+    for module in modules:
+        if module.endswith("encoder.rel_embeddings"):
+            raise ValueError(
+                f"{where} adapts {module}, whose numbers transformers reads past an adapter of HF PEFT: leave it out, "
+                "or train it whole (methods.unfreeze)"
+            )
+
+
 def _from_table(params: Params, spec: Spec) -> dict[str, Source]:
     tree = trees.leaves(params)
     made, sources = plan(params, spec.tensors, spec.layers, any(map(spec.stacked, tree))), {}

@@ -11,7 +11,7 @@ from peft_jax.core import Forward, Params
 from peft_jax.interop.hf_peft import config as configs
 from peft_jax.interop.hf_peft import files, lora, prompts, whole
 from peft_jax.interop.hf_peft.loading import KINDS
-from peft_jax.interop.hf_peft.names import Names, names_of, refuse_copies
+from peft_jax.interop.hf_peft.names import Names, names_of, refuse_copies, refuse_unreached
 from peft_jax.interop.hf_peft.reading import one_of_a_stack, refuse_holes
 from peft_jax.models.families import spec_of
 
@@ -66,6 +66,7 @@ def save(
     held = kind.read(params, names)
     adapted, bases = held.adapted, held.bases
     refuse_copies(adapted, "the tree")
+    refuse_unreached(adapted, "the tree")
     mine, own = kind.describe(held, names, {"dropout": dropout, "save_projection": save_projection})
     beside = whole.trained(bases, adapted, names, kind.bias)
     if not adapted and not beside.sources:
