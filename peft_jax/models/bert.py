@@ -18,20 +18,20 @@ from jaxtyping import Array
 
 from peft_jax.attention import Visible, dot_product_attention
 from peft_jax.core import Forward, Inputs, Params, Ports
-from peft_jax.layers import Embed, LayerNorm, Linear, activation, run_layers
+from peft_jax.layers import Linear, activation, run_layers
 from peft_jax.models.encoder import (
     HEADS,
-    Intermediate,
-    Output,
+    Embeddings,
     check_head,
     encoder,
+    encoder_layer,
     encoder_tensors,
     head_modules,
     init_encoder,
     labels_of,
 )
 from peft_jax.models.tensors import Tensor
-from peft_jax.sequence import arrange, layer_attention
+from peft_jax.sequence import layer_attention
 
 __all__ = ["EVERY", "HEADS", "MODEL_TYPES", "UNUSED", "build", "init", "tensors"]
 
@@ -124,22 +124,12 @@ class SelfAttention(nn.Module):
     attend: Callable[..., Array]
 
     @nn.compact
-    def __call__(self, x: Array, visible: Visible, prefix: Any) -> Array:
+    def __call__(self, x: Array, prefix: Any, visible: Visible) -> Array:
         c = self.config
         shape = (*x.shape[:2], c.heads, c.head_dim)
         query, key, value = (Linear(c.width, True, name=n)(x).reshape(shape) for n in ("query", "key", "value"))
         y, _ = layer_attention(self.attend, query, key, value, visible, c.head_dim**-0.5, prefix, None, None)
         return y.reshape(x.shape)
-
-
-class Attention(nn.Module):
-    config: Config
-    attend: Callable[..., Array]
-
-    @nn.compact
-    def __call__(self, x: Array, visible: Visible, prefix: Any) -> Array:
-        y = SelfAttention(self.config, self.attend, name="self")(x, visible, prefix)
-        return Output(self.config, name="output")(y, x)
 
 
 class Layer(nn.Module):
@@ -150,28 +140,7 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, prefix: Any, visible: Visible) -> tuple[Array, None]:
-        x = Attention(self.config, self.attend, name="attention")(x, visible, prefix)
-        y = Intermediate(self.config, name="intermediate")(x)
-        return Output(self.config, name="output")(y, x), None
-
-
-class Embeddings(nn.Module):
-    """Words, then what a prompt puts before them, then positions and token types on all of it."""
-
-    config: Config
-
-    @nn.compact
-    def __call__(self, inputs: Inputs, ports: Ports) -> Any:
-        c = self.config
-        x = Embed(c.vocab, c.width, name="word_embeddings")(inputs.tokens)
-        x = x if c.compute_dtype is None else x.astype(c.compute_dtype)
-        sequence = arrange(inputs, x, ports, causal=False)
-        x, soft = sequence.x, sequence.rows[1]
-        types = jnp.zeros(inputs.tokens.shape, jnp.int32) if inputs.types is None else inputs.types
-        types = jnp.pad(types, ((0, 0), (soft, 0)))
-        x = x + Embed(c.table, c.width, name="position_embeddings")(sequence.positions + c.first).astype(x.dtype)
-        x = x + Embed(c.types, c.width, name="token_type_embeddings")(types).astype(x.dtype)
-        return LayerNorm(c.epsilon, name="LayerNorm")(x), sequence
+        return encoder_layer(self.config, SelfAttention, self.attend, x, prefix, visible), None
 
 
 class Encoder(nn.Module):

@@ -42,18 +42,18 @@ from peft_jax.layers import (
 )
 from peft_jax.models.encoder import (
     HEADS,
-    Intermediate,
-    Output,
+    Embeddings,
     affine_tensors,
     check_head,
     encoder,
+    encoder_layer,
     encoder_tensors,
     head_modules,
     init_encoder,
     labels_of,
 )
 from peft_jax.models.tensors import Tensor
-from peft_jax.sequence import Sequence, arrange, layer_attention
+from peft_jax.sequence import layer_attention
 from peft_jax.weights import linear
 
 __all__ = ["EVERY", "HEADS", "MODEL_TYPES", "UNUSED", "bucket_table", "build", "init", "tensors"]
@@ -78,7 +78,7 @@ class Config:
     heads: int
     vocab: int
     types: int  # rows of the table of types; 0 for none
-    positions: int  # rows of the table of absolute positions; 0 for none
+    table: int  # rows of the table of absolute positions; 0 for none
     span: int  # rows of the table of distances, in either direction; 0 for none
     buckets: bool  # whether distances share rows
     longest: int  # the distance from which on all share one
@@ -97,6 +97,11 @@ class Config:
     compute_dtype: Any = None
     kind: str = "deberta-v2"
     root: str = ROOT
+    first: int = 0  # the position of the first token
+
+    @property
+    def positions(self) -> int:
+        return self.table
 
     @property
     def head_dim(self) -> int:
@@ -148,7 +153,7 @@ def read_config(
         heads=heads,
         vocab=config.vocab_size,
         types=config.type_vocab_size,
-        positions=config.max_position_embeddings if config.position_biased_input else 0,
+        table=config.max_position_embeddings if config.position_biased_input else 0,
         span=(buckets or longest) if config.relative_attention else 0,
         buckets=bool(buckets),
         longest=longest,
@@ -240,7 +245,7 @@ class SelfAttention(nn.Module):
     attend: Callable[..., Array]
 
     @nn.compact
-    def __call__(self, x: Array, shared: Shared, prefix: Any) -> Array:
+    def __call__(self, x: Array, prefix: Any, shared: Shared) -> Array:
         c, visible = self.config, shared.visible
         split = lambda y: y.reshape(*y.shape[:2], c.heads, c.head_dim)  # noqa: E731
         projections = [Linear(c.width, True, name=name) for name in PROJECTIONS]
@@ -257,16 +262,6 @@ class SelfAttention(nn.Module):
         return y.reshape(x.shape)
 
 
-class Attention(nn.Module):
-    config: Config
-    attend: Callable[..., Array]
-
-    @nn.compact
-    def __call__(self, x: Array, shared: Shared, prefix: Any) -> Array:
-        y = SelfAttention(self.config, self.attend, name="self")(x, shared, prefix)
-        return Output(self.config, name="output")(y, x)
-
-
 class Layer(nn.Module):
     """One encoder layer, in the form that `run_layers` wants: (carry, this layer's inputs, what all layers share)."""
 
@@ -276,35 +271,11 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(self, x: Array, own: Any, shared: Shared) -> tuple[Array, None]:
         layer, prefix = own
-        x = Attention(self.config, self.attend, name="attention")(x, shared, prefix)
-        x = Output(self.config, name="output")(Intermediate(self.config, name="intermediate")(x), x)
+        x = encoder_layer(self.config, SelfAttention, self.attend, x, prefix, shared)
         if shared.nearby is not None:  # the first layer's alone
             y, weights = shared.nearby
             x = jnp.where(layer == 0, layer_norm(x + y, weights, self.config.epsilon), x)
         return x, None
-
-
-class Embeddings(nn.Module):
-    """Words, then what a prompt puts before them, then positions and types on all of it, where there are any."""
-
-    config: Config
-
-    @nn.compact
-    def __call__(self, inputs: Inputs, ports: Ports) -> tuple[Array, Sequence]:
-        c = self.config
-        x = Embed(c.vocab, c.embedding, name="word_embeddings")(inputs.tokens)
-        x = x if c.compute_dtype is None else x.astype(c.compute_dtype)
-        sequence = arrange(inputs, x, ports, causal=False)
-        x, soft = sequence.x, sequence.rows[1]
-        if c.positions:
-            x = x + Embed(c.positions, c.embedding, name="position_embeddings")(sequence.positions).astype(x.dtype)
-        if c.types:
-            types = jnp.zeros(inputs.tokens.shape, jnp.int32) if inputs.types is None else inputs.types
-            types = jnp.pad(types, ((0, 0), (soft, 0)))
-            x = x + Embed(c.types, c.embedding, name="token_type_embeddings")(types).astype(x.dtype)
-        if c.embedding != c.width:
-            x = Linear(c.width, name="embed_proj")(x)
-        return LayerNorm(c.epsilon, name="LayerNorm")(x), sequence
 
 
 class NormWeights(nn.Module):
@@ -382,7 +353,7 @@ EXTRAS = ("position_embeddings", "token_type_embeddings", "embed_proj", "rel_emb
 def tensors(config: Any, head: str | None = None) -> tuple[Tensor, ...]:
     """Where each tensor of a Hugging Face checkpoint goes; without a head, names do not begin with the model's own."""
     c = read_config(config)
-    there = (c.positions, c.types, c.embedding != c.width, c.span, c.normed, c.kernel)
+    there = (c.table, c.types, c.embedding != c.width, c.span, c.normed, c.kernel)
     extras = tuple(name for name, has in zip(EXTRAS, there, strict=True) if has)
     separate = () if c.shared or not c.span else tuple(POSITION_PROJECTIONS[term] for term in c.terms)
     return _table("" if head is None else f"{ROOT}.", extras, separate, head_modules(head, POOLED))

@@ -1,4 +1,4 @@
-"""An encoder and what it ends in: the halves of a layer that families share, heads, the spec, and random weights.
+"""An encoder and what it ends in: embeddings and layers as families share them, heads, the spec, and random weights.
 
     head              outputs
     None              the features themselves ``[batch, time, width]``
@@ -10,6 +10,7 @@ Families differ in their stacks; what surrounds them is written once.  A stack i
 names are those of `transformers`, which are the same in every family here.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -19,6 +20,7 @@ from jaxtyping import Array, Float
 
 from peft_jax.core import Forward, Inputs, Params, Ports, Spec
 from peft_jax.layers import (
+    Embed,
     LayerNorm,
     Linear,
     activation,
@@ -29,6 +31,7 @@ from peft_jax.layers import (
     variables,
 )
 from peft_jax.models.tensors import Tensor, naming
+from peft_jax.sequence import Sequence, arrange
 
 HEADS = ("classification", "tokens", "answers")
 PORTS = frozenset({"attend", "prompt", "prefix"})
@@ -49,6 +52,33 @@ def head_modules(head: str | None, pooled: tuple[str, str]) -> tuple[str, ...]:
     return {None: (), "classification": pooled, "tokens": ("classifier",), "answers": ("qa_outputs",)}[head]
 
 
+class Embeddings(nn.Module):
+    """Words, then what a prompt puts before them, then positions and types on all of it, where a model has them.
+
+    `table` and `types` are the rows of those tables, 0 for none; `first` is the position of the first token.
+    """
+
+    config: Any
+
+    @nn.compact
+    def __call__(self, inputs: Inputs, ports: Ports) -> tuple[Array, Sequence]:
+        c = self.config
+        x = Embed(c.vocab, c.embedding, name="word_embeddings")(inputs.tokens)
+        x = x if c.compute_dtype is None else x.astype(c.compute_dtype)
+        sequence = arrange(inputs, x, ports, causal=False)
+        x, soft = sequence.x, sequence.rows[1]
+        if c.table:
+            positions = sequence.positions + c.first
+            x = x + Embed(c.table, c.embedding, name="position_embeddings")(positions).astype(x.dtype)
+        if c.types:
+            types = jnp.zeros(inputs.tokens.shape, jnp.int32) if inputs.types is None else inputs.types
+            types = jnp.pad(types, ((0, 0), (soft, 0)))
+            x = x + Embed(c.types, c.embedding, name="token_type_embeddings")(types).astype(x.dtype)
+        if c.embedding != c.width:
+            x = Linear(c.width, name="embed_proj")(x)
+        return LayerNorm(c.epsilon, name="LayerNorm")(x), sequence
+
+
 class Output(nn.Module):
     """A linear, the residual, and the norm behind them."""
 
@@ -60,12 +90,33 @@ class Output(nn.Module):
         return LayerNorm(self.config.epsilon, name="LayerNorm")(y + x)
 
 
+class Attention(nn.Module):
+    """The family's own attention, and what is behind it."""
+
+    config: Any
+    kind: type[nn.Module]
+    attend: Callable[..., Array]
+
+    @nn.compact
+    def __call__(self, x: Array, prefix: Any, shared: Any) -> Array:
+        y = self.kind(self.config, self.attend, name="self")(x, prefix, shared)
+        return Output(self.config, name="output")(y, x)
+
+
 class Intermediate(nn.Module):
     config: Any
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         return activation(self.config.activation)(Linear(self.config.hidden, True, name="dense")(x))
+
+
+def encoder_layer(
+    c: Any, kind: type[nn.Module], attend: Callable[..., Array], x: Array, prefix: Any, shared: Any
+) -> Array:
+    """One layer, within a compact module: attention, then the feed-forward."""
+    x = Attention(c, kind, attend, name="attention")(x, prefix, shared)
+    return Output(c, name="output")(Intermediate(c, name="intermediate")(x), x)
 
 
 def _first(x: Float[Array, "batch time width"], inputs: Inputs) -> Float[Array, "batch 1 width"]:
