@@ -8,7 +8,6 @@ Departures: the model's own dropout is not applied, methods bring their own; a d
 cross-attention) and relative positions are not supported.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -18,105 +17,26 @@ from jaxtyping import Array
 
 from peft_jax.attention import Visible, dot_product_attention
 from peft_jax.core import Forward, Inputs, Params, Ports
-from peft_jax.layers import Linear, activation, run_layers
-from peft_jax.models.encoder import (
-    HEADS,
-    Embeddings,
-    check_head,
-    encoder,
-    encoder_layer,
-    encoder_tensors,
-    head_modules,
-    init_encoder,
-    labels_of,
-)
+from peft_jax.layers import Linear, run_layers
+from peft_jax.models import encoder
+from peft_jax.models.encoder import Config, head_modules
 from peft_jax.models.tensors import Tensor
 from peft_jax.sequence import layer_attention
 
-__all__ = ["EVERY", "HEADS", "MODEL_TYPES", "UNUSED", "build", "init", "tensors"]
-
-MODEL_TYPES = ("bert", "roberta")
+MODEL_TYPES, HEADS = ("bert", "roberta"), encoder.HEADS
 # What a checkpoint may hold that no head here needs: pretraining's own heads, and a pooler that nothing reads.
 UNUSED = r"^cls\.|^lm_head\.|(^|\.)pooler\."
 POOLED = {"bert": ("bert.pooler.dense", "classifier"), "roberta": ("classifier.dense", "classifier.out_proj")}
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """What the modules need of a transformers config, and how they are to be run."""
-
-    kind: str
-    width: int
-    hidden: int
-    layers: int
-    heads: int
-    vocab: int
-    types: int
-    table: int  # rows of the table of positions
-    first: int  # the position of the first token
-    epsilon: float
-    activation: str
-    head: str | None = None
-    labels: int = 0
-    scan: bool = True
-    remat: str = "full"
-    compute_dtype: Any = None
-    pooler_activation: str = "tanh"
-
-    @property
-    def root(self) -> str:
-        return self.kind
-
-    @property
-    def embedding(self) -> int:
-        return self.width
-
-    @property
-    def head_dim(self) -> int:
-        return self.width // self.heads
-
-    @property
-    def modules(self) -> tuple[str, ...]:
-        return head_modules(self.head, POOLED[self.kind])
-
-    @property
-    def positions(self) -> int:
-        return self.table - self.first
-
-
-def read_config(
-    config: Any,
-    scan: bool = True,
-    remat: str = "full",
-    compute_dtype: Any = None,
-    head: str | None = None,
-    labels: int | None = None,
-) -> Config:
+def read_config(config: Any, **options: Any) -> Config:
     kind = config.model_type
     if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
         raise ValueError(f"is_decoder and add_cross_attention are not supported: this {kind} is an encoder")
     if getattr(config, "position_embedding_type", "absolute") != "absolute":
         raise ValueError(f"positions of the kind {config.position_embedding_type!r} are not supported: absolute are")
-    check_head(kind, head)
-    activation(config.hidden_act)
-    return Config(
-        kind=kind,
-        width=config.hidden_size,
-        hidden=config.intermediate_size,
-        layers=config.num_hidden_layers,
-        heads=config.num_attention_heads,
-        vocab=config.vocab_size,
-        types=config.type_vocab_size,
-        table=config.max_position_embeddings,
-        first=config.pad_token_id + 1 if kind == "roberta" else 0,
-        epsilon=config.layer_norm_eps,
-        activation=config.hidden_act,
-        head=head,
-        labels=labels_of(config, head, labels),
-        scan=scan,
-        remat=remat,
-        compute_dtype=None if compute_dtype is None else jnp.dtype(compute_dtype),
-    )
+    first = config.pad_token_id + 1 if kind == "roberta" else 0
+    return Config(root=kind, pooled=POOLED[kind], first=first, **encoder.read_common(config, **options))
 
 
 class SelfAttention(nn.Module):
@@ -140,7 +60,7 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, prefix: Any, visible: Visible) -> tuple[Array, None]:
-        return encoder_layer(self.config, SelfAttention, self.attend, x, prefix, visible), None
+        return encoder.layer(self.config, SelfAttention, self.attend, x, prefix, visible), None
 
 
 class Encoder(nn.Module):
@@ -151,7 +71,7 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, inputs: Inputs, ports: Ports = Ports()) -> Any:  # noqa: B008 (frozen)
         c = self.config
-        x, sequence = Embeddings(c, name="embeddings")(inputs, ports)
+        x, sequence = encoder.Embeddings(c, name="embeddings")(inputs, ports)
         attend = ports.attend or dot_product_attention
         x = run_layers(Layer, (c, attend), c, x, sequence.prefix, sequence.visible)
         return sequence.finish(x, None)
@@ -160,12 +80,12 @@ class Encoder(nn.Module):
 def build(config: Any, **options: Any) -> Forward:
     """The forward function of a transformers config.  Scores are fp32, whatever the compute dtype."""
     c = read_config(config, **options)
-    return encoder(c, Encoder, tensors(config, c.head))
+    return encoder.build(c, Encoder, tensors(config, c.head))
 
 
 def init(key: Array, config: Any, *, scan: bool = True, dtype: Any = jnp.float32, **options: Any) -> Params:
     """Random weights: normal with sd 0.02, norms at one, biases at zero."""
-    return init_encoder(key, read_config(config, scan, "none", **options), Encoder, dtype)
+    return encoder.init(key, read_config(config, scan=scan, remat="none", **options), Encoder, dtype)
 
 
 # -- tensors ----------------------------------------------------------------------------------------------------------
@@ -179,7 +99,7 @@ def tensors(config: Any, head: str | None = None) -> tuple[Tensor, ...]:
 
 def _table(kind: str, modules: tuple[str, ...], prefix: str) -> tuple[Tensor, ...]:
     embeddings = ("word_embeddings", "position_embeddings", "token_type_embeddings")
-    return encoder_tensors(kind, prefix, embeddings, ("query", "key", "value"), modules)
+    return encoder.tensors(kind, prefix, embeddings, ("query", "key", "value"), modules)
 
 
 def _every(kind: str) -> tuple[Tensor, ...]:

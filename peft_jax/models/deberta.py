@@ -40,25 +40,13 @@ from peft_jax.layers import (
     normal,
     run_layers,
 )
-from peft_jax.models.encoder import (
-    HEADS,
-    Embeddings,
-    affine_tensors,
-    check_head,
-    encoder,
-    encoder_layer,
-    encoder_tensors,
-    head_modules,
-    init_encoder,
-    labels_of,
-)
+from peft_jax.models import encoder
+from peft_jax.models.encoder import affine_tensors, head_modules
 from peft_jax.models.tensors import Tensor
 from peft_jax.sequence import layer_attention
 from peft_jax.weights import linear
 
-__all__ = ["EVERY", "HEADS", "MODEL_TYPES", "UNUSED", "bucket_table", "build", "init", "tensors"]
-
-MODEL_TYPES = ("deberta-v2",)
+MODEL_TYPES, HEADS = ("deberta-v2",), encoder.HEADS
 # What a checkpoint may hold that no head here needs: pretraining's own heads, absolute positions where the model reads
 # none, and a pooler that nothing reads.
 UNUSED = r"^(cls|lm_predictions|mask_predictions)\.|(^|\.)(position_embeddings|pooler)\."
@@ -67,18 +55,8 @@ PROJECTIONS = ("query_proj", "key_proj", "value_proj")
 POSITION_PROJECTIONS = {"c2p": "pos_key_proj", "p2c": "pos_query_proj"}  # where the content's are not shared
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """What the modules need of a transformers config, and how they are to be run."""
-
-    width: int
-    embedding: int  # the width of the embeddings
-    hidden: int
-    layers: int
-    heads: int
-    vocab: int
-    types: int  # rows of the table of types; 0 for none
-    table: int  # rows of the table of absolute positions; 0 for none
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(encoder.Config):
     span: int  # rows of the table of distances, in either direction; 0 for none
     buckets: bool  # whether distances share rows
     longest: int  # the distance from which on all share one
@@ -87,46 +65,15 @@ class Config:
     normed: bool  # whether a norm is over the table of distances
     kernel: int  # how many tokens the convolution sees; 0 for none
     kernel_activation: str
-    epsilon: float
-    activation: str
-    pooler_activation: str
-    head: str | None = None
-    labels: int = 0
-    scan: bool = True
-    remat: str = "full"
-    compute_dtype: Any = None
-    kind: str = "deberta-v2"
-    root: str = ROOT
-    first: int = 0  # the position of the first token
-
-    @property
-    def positions(self) -> int:
-        return self.table
-
-    @property
-    def head_dim(self) -> int:
-        return self.width // self.heads
 
     @property
     def scale(self) -> float:
         return (self.head_dim * (1 + len(self.terms))) ** -0.5
 
-    @property
-    def modules(self) -> tuple[str, ...]:
-        return head_modules(self.head, POOLED)
 
-
-def read_config(
-    config: Any,
-    scan: bool = True,
-    remat: str = "full",
-    compute_dtype: Any = None,
-    head: str | None = None,
-    labels: int | None = None,
-) -> Config:
-    # transformers leaves most of these out of its class: they are there if the checkpoint's file has them.
+def read_config(config: Any, **options: Any) -> Config:
+    # transformers leaves many of these out of its class: they are there if the checkpoint's file has them.
     get = functools.partial(getattr, config)
-    check_head(config.model_type, head)
     terms = tuple(config.pos_att_type or ())
     if unknown := [term for term in terms if term not in POSITION_PROJECTIONS]:
         raise ValueError(f"pos_att_type {unknown[0]!r} is not supported: c2p and p2c are")
@@ -143,17 +90,16 @@ def read_config(
             f"{buckets} position_buckets for distances up to {longest} are not supported: give an even number, with "
             "half of them less than the longest distance"
         )
-    for name in (config.hidden_act, config.pooler_hidden_act, get("conv_act", "tanh")):
+    for name in (config.pooler_hidden_act, get("conv_act", "tanh")):
         activation(name)
+    common = encoder.read_common(config, **options) | {
+        "embedding": get("embedding_size", width),
+        "table": config.max_position_embeddings if config.position_biased_input else 0,
+    }
     return Config(
-        width=width,
-        embedding=get("embedding_size", width),
-        hidden=config.intermediate_size,
-        layers=config.num_hidden_layers,
-        heads=heads,
-        vocab=config.vocab_size,
-        types=config.type_vocab_size,
-        table=config.max_position_embeddings if config.position_biased_input else 0,
+        root=ROOT,
+        pooled=POOLED,
+        pooler_activation=config.pooler_hidden_act,
         span=(buckets or longest) if config.relative_attention else 0,
         buckets=bool(buckets),
         longest=longest,
@@ -162,14 +108,7 @@ def read_config(
         normed="layer_norm" in (get("norm_rel_ebd", "none") or "none").lower() and config.relative_attention,
         kernel=kernel,
         kernel_activation=get("conv_act", "tanh"),
-        epsilon=config.layer_norm_eps,
-        activation=config.hidden_act,
-        pooler_activation=config.pooler_hidden_act,
-        head=head,
-        labels=labels_of(config, head, labels),
-        scan=scan,
-        remat=remat,
-        compute_dtype=None if compute_dtype is None else jnp.dtype(compute_dtype),
+        **common,
     )
 
 
@@ -271,7 +210,7 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(self, x: Array, own: Any, shared: Shared) -> tuple[Array, None]:
         layer, prefix = own
-        x = encoder_layer(self.config, SelfAttention, self.attend, x, prefix, shared)
+        x = encoder.layer(self.config, SelfAttention, self.attend, x, prefix, shared)
         if shared.nearby is not None:  # the first layer's alone
             y, weights = shared.nearby
             x = jnp.where(layer == 0, layer_norm(x + y, weights, self.config.epsilon), x)
@@ -313,7 +252,7 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, inputs: Inputs, ports: Ports = Ports()) -> Any:  # noqa: B008 (frozen)
         c = self.config
-        x, sequence = Embeddings(c, name="embeddings")(inputs, ports)
+        x, sequence = encoder.Embeddings(c, name="embeddings")(inputs, ports)
         before = sequence.rows[0]
         keys = sequence.key_positions[:, before:]
         ahead = keys[:, None, :] - sequence.positions[: len(keys), :, None]
@@ -337,12 +276,12 @@ class Encoder(nn.Module):
 def build(config: Any, **options: Any) -> Forward:
     """The forward function of a transformers config.  Scores are fp32, whatever the compute dtype."""
     c = read_config(config, **options)
-    return encoder(c, Encoder, tensors(config, c.head))
+    return encoder.build(c, Encoder, tensors(config, c.head))
 
 
 def init(key: Array, config: Any, *, scan: bool = True, dtype: Any = jnp.float32, **options: Any) -> Params:
     """Random weights: normal with sd 0.02, norms at one, biases at zero."""
-    return init_encoder(key, read_config(config, scan, "none", **options), Encoder, dtype)
+    return encoder.init(key, read_config(config, scan=scan, remat="none", **options), Encoder, dtype)
 
 
 # -- tensors ----------------------------------------------------------------------------------------------------------
@@ -363,7 +302,7 @@ def _table(
     prefix: str, extras: tuple[str, ...], separate: tuple[str, ...], modules: tuple[str, ...]
 ) -> tuple[Tensor, ...]:
     embeddings = ("word_embeddings", *(name for name in EXTRAS[:2] if name in extras))
-    found = list(encoder_tensors(ROOT, prefix, embeddings, (*PROJECTIONS, *separate), modules))
+    found = list(encoder.tensors(ROOT, prefix, embeddings, (*PROJECTIONS, *separate), modules))
     inside = f"{prefix}encoder."
     if "embed_proj" in extras:
         kernel = f"{ROOT}/embeddings/embed_proj/kernel"

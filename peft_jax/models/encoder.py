@@ -10,6 +10,7 @@ Families differ in their stacks; what surrounds them is written once.  A stack i
 names are those of `transformers`, which are the same in every family here.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -37,14 +38,78 @@ HEADS = ("classification", "tokens", "answers")
 PORTS = frozenset({"attend", "prompt", "prefix"})
 
 
-def check_head(kind: str, head: str | None) -> None:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What the modules need of a transformers config, and how they are to be run; families add to it.
+
+    The weights lie in ``params[root]``; `pooled` names the linears that classify, with `pooler_activation` between.
+    """
+
+    kind: str
+    root: str
+    pooled: tuple[str, str]
+    width: int
+    embedding: int  # the width of the embeddings
+    hidden: int
+    layers: int
+    heads: int
+    vocab: int
+    types: int  # rows of the table of types; 0 for none
+    table: int  # rows of the table of positions; 0 for none
+    first: int = 0  # the position of the first token
+    epsilon: float
+    activation: str
+    pooler_activation: str = "tanh"
+    head: str | None = None
+    labels: int = 0
+    scan: bool = True
+    remat: str = "full"
+    compute_dtype: Any = None
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def positions(self) -> int:
+        """How many there are for tokens; 0 for as many as one likes."""
+        return self.table - self.first
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        return head_modules(self.head, self.pooled)
+
+
+def read_common(
+    config: Any,
+    scan: bool = True,
+    remat: str = "full",
+    compute_dtype: Any = None,
+    head: str | None = None,
+    labels: int | None = None,
+) -> dict[str, Any]:
+    """The fields that all families read alike; a head's labels are as asked for, or as the config says."""
     if head not in (None, *HEADS):
-        raise ValueError(f"{kind} has no head {head!r}: choose one of {', '.join(HEADS)}, or None")
-
-
-def labels_of(config: Any, head: str | None, labels: int | None) -> int:
-    """How many labels a head chooses from: as asked for, or as the transformers config says."""
-    return 0 if head is None else 2 if head == "answers" else labels or config.num_labels
+        raise ValueError(f"{config.model_type} has no head {head!r}: choose one of {', '.join(HEADS)}, or None")
+    activation(config.hidden_act)
+    return {
+        "kind": config.model_type,
+        "width": config.hidden_size,
+        "embedding": config.hidden_size,
+        "hidden": config.intermediate_size,
+        "layers": config.num_hidden_layers,
+        "heads": config.num_attention_heads,
+        "vocab": config.vocab_size,
+        "types": config.type_vocab_size,
+        "table": config.max_position_embeddings,
+        "epsilon": config.layer_norm_eps,
+        "activation": config.hidden_act,
+        "head": head,
+        "labels": 0 if head is None else 2 if head == "answers" else labels or config.num_labels,
+        "scan": scan,
+        "remat": remat,
+        "compute_dtype": None if compute_dtype is None else jnp.dtype(compute_dtype),
+    }
 
 
 def head_modules(head: str | None, pooled: tuple[str, str]) -> tuple[str, ...]:
@@ -53,12 +118,9 @@ def head_modules(head: str | None, pooled: tuple[str, str]) -> tuple[str, ...]:
 
 
 class Embeddings(nn.Module):
-    """Words, then what a prompt puts before them, then positions and types on all of it, where a model has them.
+    """Words, then what a prompt puts before them, then positions and types on all of it, where a model has them."""
 
-    `table` and `types` are the rows of those tables, 0 for none; `first` is the position of the first token.
-    """
-
-    config: Any
+    config: Config
 
     @nn.compact
     def __call__(self, inputs: Inputs, ports: Ports) -> tuple[Array, Sequence]:
@@ -82,7 +144,7 @@ class Embeddings(nn.Module):
 class Output(nn.Module):
     """A linear, the residual, and the norm behind them."""
 
-    config: Any
+    config: Config
 
     @nn.compact
     def __call__(self, y: Array, x: Array) -> Array:
@@ -93,7 +155,7 @@ class Output(nn.Module):
 class Attention(nn.Module):
     """The family's own attention, and what is behind it."""
 
-    config: Any
+    config: Config
     kind: type[nn.Module]
     attend: Callable[..., Array]
 
@@ -104,16 +166,14 @@ class Attention(nn.Module):
 
 
 class Intermediate(nn.Module):
-    config: Any
+    config: Config
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         return activation(self.config.activation)(Linear(self.config.hidden, True, name="dense")(x))
 
 
-def encoder_layer(
-    c: Any, kind: type[nn.Module], attend: Callable[..., Array], x: Array, prefix: Any, shared: Any
-) -> Array:
+def layer(c: Config, kind: type[nn.Module], attend: Callable[..., Array], x: Array, prefix: Any, shared: Any) -> Array:
     """One layer, within a compact module: attention, then the feed-forward."""
     x = Attention(c, kind, attend, name="attention")(x, prefix, shared)
     return Output(c, name="output")(Intermediate(c, name="intermediate")(x), x)
@@ -126,12 +186,8 @@ def _first(x: Float[Array, "batch time width"], inputs: Inputs) -> Float[Array, 
     return jnp.take_along_axis(x, jnp.argmax(inputs.mask, axis=1)[:, None, None], axis=1)
 
 
-def encoder(c: Any, stack: type[nn.Module], table: tuple[Tensor, ...]) -> Forward:
-    """The forward function of a config `c`, whose weights lie in ``params[c.root]``, and whose head beside them.
-
-    `c` gives the sizes, `positions` (0 for as many as one likes), the linears of its head (`modules`) and what is
-    between them (`pooler_activation`).  Scores are fp32, whatever the compute dtype.
-    """
+def build(c: Config, stack: type[nn.Module], table: tuple[Tensor, ...]) -> Forward:
+    """The forward function of a config.  Scores are fp32, whatever the compute dtype."""
     module = stack(c)
     checkpointed(stack, c.remat)  # a misspelt mode is an error here, not at the first call
 
@@ -174,7 +230,7 @@ def encoder(c: Any, stack: type[nn.Module], table: tuple[Tensor, ...]) -> Forwar
     return Forward(features, head, spec)
 
 
-def init_encoder(key: Array, c: Any, stack: type[nn.Module], dtype: Any) -> Params:
+def init(key: Array, c: Config, stack: type[nn.Module], dtype: Any) -> Params:
     """Random weights: normal with sd 0.02, norms at one, biases at zero."""
     key, pooler, *keys = jax.random.split(key, 4)
     params: Params = {c.root: stack(c).init(key, Inputs(jnp.zeros((1, 1), jnp.int32)))["params"]}
@@ -201,7 +257,7 @@ def affine_tensors(source: str, path: str, weight: str = "kernel") -> tuple[Tens
     )
 
 
-def encoder_tensors(
+def tensors(
     root: str, prefix: str, embeddings: tuple[str, ...], projections: tuple[str, ...], modules: tuple[str, ...]
 ) -> tuple[Tensor, ...]:
     """Where the tensors of a Hugging Face checkpoint go: the embeddings, each layer with its `projections` inside the
