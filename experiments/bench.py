@@ -54,9 +54,12 @@ def tokens() -> np.ndarray:
 
 
 def worker(name: str, folder: str) -> None:
-    """Answers each line on standard input with one step's seconds and loss; first of all with facts about itself."""
     make = torch_side if name.startswith("peft") else jax_side
-    run, facts = make(name, folder)
+    serve(*make(name, folder))
+
+
+def serve(run: Callable[[], float], facts: dict[str, Any]) -> None:
+    """Answers each line on standard input with one step's seconds and loss; first of all with facts about itself."""
     run()  # the first step allocates
     print(json.dumps(facts), flush=True)
     for _ in sys.stdin:
@@ -194,8 +197,8 @@ def products(model: Any) -> Callable[[], float]:
 class Side:
     """A worker process, asked for one step at a time."""
 
-    def __init__(self, name: str, folder: str) -> None:
-        command = [sys.executable, "-m", "experiments.bench", "--worker", name, "--folder", folder]
+    def __init__(self, name: str, folder: str, module: str = "experiments.bench") -> None:
+        command = [sys.executable, "-m", module, "--worker", name, "--folder", folder]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.facts = self.read()
         self.steps: list[dict[str, float]] = []
@@ -260,11 +263,11 @@ def compare(names: list[str], rounds: int) -> dict[str, Any]:
     }
 
 
-def row(side: Side) -> dict[str, Any]:
+def row(side: Side, tokens: int = ROWS * TIME) -> dict[str, Any]:
     seconds = statistics.median(s["seconds"] for s in side.steps)
     found = {
         "seconds": seconds,
-        "tokens_per_second": side.facts.get("tokens", ROWS * TIME) / seconds,
+        "tokens_per_second": side.facts.get("tokens", tokens) / seconds,
         "peak_bytes": max(s["peak"] for s in side.steps) - side.facts["baseline"],
         "losses": [s["loss"] for s in side.steps],
     }

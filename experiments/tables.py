@@ -4,9 +4,9 @@
     python -m experiments.tables --check    writes nothing; fails, naming the file, where one differs from its results
 
 In the README a table goes between ``<!-- table:NAME -->`` and ``<!-- /table -->``; NAME is ``table/profile``; or a
-table, whose laptop profile is meant; or ``bench``, the training step's comparison (`experiments.bench`).  A profile
-without results has no files; one that lacks some says so.  ``docs/parameter_counts.md`` has a place for the numbers
-that train (`experiments.parameter_counts`), which need no run.
+table, whose laptop profile is meant; or ``bench`` or ``bench_many``, comparisons of the training step
+(`experiments.bench`, `experiments.bench_many`).  A profile without results has no files; one that lacks some says so.
+``docs/parameter_counts.md`` has a place for the numbers that train (`experiments.parameter_counts`), which need no run.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import re
 import statistics
 from pathlib import Path
 
-from experiments import bench, harness, parameter_counts
+from experiments import bench, bench_many, harness, parameter_counts
 from experiments.harness import RESULTS, TABLES, Metric, Part, Profile, Result, Table
 from experiments.provenance import ROOT
 
@@ -207,8 +207,9 @@ def update(tables: list[Table], results: Path = RESULTS, readme: Path = README, 
                 stale.append(f"{image}: was not made from these results")
                 if not check:
                     plot(table, name, found, image, key)
-    if (results / "bench.json").exists():
-        shown["bench"] = bench.report(json.loads((results / "bench.json").read_text(encoding="utf-8")))
+    for name, report in {"bench": bench.report, "bench_many": bench_many.report}.items():
+        if (results / f"{name}.json").exists():
+            shown[name] = report(json.loads((results / f"{name}.json").read_text(encoding="utf-8")))
     return stale + in_readme(shown, readme, check)
 
 

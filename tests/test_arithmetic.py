@@ -374,6 +374,7 @@ def test_errors_name_the_adapter_and_the_path() -> None:
     forward = base("llama").forward
     made = {
         "DoRA .*: only plain LoRA adds up; its magnitude": methods.dora(2),
+        "DyLoRA at .*: only plain LoRA adds up; methods.truncate": methods.dylora(2),
         "LoRA on Residual .*: only plain LoRA adds up; interop.hf_peft.save": methods.pissa(2),
         "LoRA on LoRA .*: only plain LoRA": pj.chain(methods.lora(2), methods.lora(2, name="other")),
         "Unfrozen at model/norm/scale: .* set it back": methods.unfreeze("model.norm"),

@@ -19,7 +19,7 @@ from peft_jax import adapters, methods, training
 from peft_jax.training import many
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
-LLAMA, TOY = zoo.build("llama"), toy.forward(48)
+LLAMA, TOY = zoo.build("llama", remat="none"), toy.forward(48)
 STEPS = 4
 
 
@@ -118,6 +118,8 @@ def test_the_runs_stack_as_adapters_and_equal_buffers_are_one_base() -> None:
     again = methods.lora(3)(zoo.KEY, jax.tree.map(jnp.copy, zoo.base("llama")), LLAMA)[0]
     stacked = many.stack({"a": first, "b": again}, optax.sgd(1.0))
     assert not any(jax.tree.leaves(stacked.stacked)), "the scales are equal too"
+    veras = {str(i): methods.vera(4)(jax.random.key(i), zoo.base("llama"), LLAMA)[0] for i in range(2)}
+    assert not any(jax.tree.leaves(many.stack(veras, optax.sgd(1.0)).stacked)), "nor is VeRA's pair held twice"
     runs = quiet(LLAMA, {"a": first, "b": again}, optax.sgd(0.1), text, 1)
     params, _ = adapters.stack({name: run.params for name, run in runs.items()}, LLAMA)
     close(pj.merge(adapters.use(params, "b")), pj.merge(runs["b"].params), atol=1e-6)
