@@ -51,7 +51,9 @@ def test_both_sides_start_at_one_loss_and_learn(name: str, folder: Path) -> None
         assert losses[-1] < losses[0] - 0.01
         assert facts["baseline"] > 0
         firsts.append(losses[0])
-    assert max(firsts) - min(firsts) < 1e-4 + (theirs == "peft-adalora") * 1.0  # PEFT's loss shows its penalty
+    # PEFT's loss shows AdaLoRA's penalty: the norm of −I, for vectors that start near zero.
+    penalty = bench_sides.BUDGET["orthogonality"] * 3**0.5 if name == "adalora" else 0
+    assert firsts[1] - firsts[0] == pytest.approx(penalty, abs=1e-2 if name == "adalora" else 1e-4)
 
 
 def result(names: Any) -> dict[str, Any]:
