@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name, value in {"ROWS": 2, "TIME": 8, "INITIAL": 3, "RANK": 2, "VERA": 16, "RATE": 0.3}.items():
+    for name, value in {"ROWS": 2, "TIME": 8, "INITIAL": 3, "RANK": 2, "VERA": 16, "RATE": 0.03}.items():
         monkeypatch.setattr(bench_sides, name, value)
     monkeypatch.setattr(bench_sides, "tokens", lambda: np.random.default_rng(0).integers(0, 64, (2, 8)))
     yield
