@@ -11,7 +11,6 @@ experiments/results/bench_many.json, of which `make tables` makes the README's p
 import argparse
 import dataclasses
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import bench
+from experiments import bench, bench_sides
 
 ROWS, TIME, RANK, ALPHA = 2, 32, 8, 16
 SIDES = {"one": 1, "many-1": 1, "many-4": 4, "many-8": 8}  # name: how many adapters
@@ -35,7 +34,7 @@ def side(name: str, folder: str) -> tuple[Callable[[], float], dict[str, Any]]:
     from peft_jax import methods, models, training
     from peft_jax.training import many
 
-    baseline = bench.peak()
+    baseline = bench_sides.peak()
     model = models.load(folder)
     trees = {
         f"seed {i}": methods.lora(RANK, ALPHA).init(jax.random.key(i), model.params, model.forward)
@@ -75,18 +74,7 @@ def compare(rounds: int) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         models.save(f"{folder}/smollm2", dataclasses.replace(models.load(smollm2()), tokenizer=None))
-        sides: dict[str, bench.Side] = {}
-        try:
-            for name in SIDES:
-                print(f"starting {name}", file=sys.stderr)
-                sides[name] = bench.Side(name, f"{folder}/smollm2", "experiments.bench_many")
-            for index in range(rounds):
-                print(f"round {index + 1} of {rounds}", file=sys.stderr)
-                for each in sides.values():
-                    each.step()
-        finally:
-            for each in sides.values():
-                each.close()
+        sides = bench.take_turns(list(SIDES), rounds, f"{folder}/smollm2", "experiments.bench_many")
     rows = {name: bench.row(each, ROWS * TIME * SIDES[name]) for name, each in sides.items()}
     for name, found in rows.items():
         found["speed_ratio"] = SIDES[name] * rows["one"]["seconds"] / found["seconds"]
@@ -121,11 +109,10 @@ def report(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    parser.add_argument("worker", nargs="*", help=argparse.SUPPRESS)  # a side's name and the model's folder
     given = parser.parse_args()
     if given.worker:
-        return bench.serve(*side(given.worker, given.folder))
+        return bench_sides.serve(*side(*given.worker))
     result = compare(given.rounds)
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
     print(report(result))

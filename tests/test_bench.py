@@ -1,0 +1,83 @@
+"""The benchmark's sides compute one and the same thing, and its report says what was measured."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from experiments import bench, bench_sides
+from peft_jax import models
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    where = tmp_path_factory.mktemp("bench") / "model"
+    models.save(where, models.from_config(config, jax.random.key(0)))
+    return where
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name, value in {"ROWS": 2, "TIME": 8, "INITIAL": 3, "RANK": 2, "VERA": 16, "RATE": 0.03}.items():
+        monkeypatch.setattr(bench_sides, name, value)
+    monkeypatch.setattr(bench_sides, "tokens", lambda: np.random.default_rng(0).integers(0, 64, (2, 8)))
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # PEFT's and transformers' own
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("name", ["adalora", "vera"])
+def test_both_sides_start_at_one_loss_and_learn(name: str, folder: Path) -> None:
+    firsts = []
+    for make, side in ((bench_sides.jax_side, name), (bench_sides.torch_side, bench_sides.SIDES[name].reference)):
+        run, facts = make(side, str(folder))
+        losses = [run() for _ in range(6)]
+        assert losses[-1] < losses[0] - 0.01
+        assert facts["baseline"] > 0
+        firsts.append(losses[0])
+    # PEFT's loss shows AdaLoRA's penalty: the norm of −I, for vectors that start near zero.
+    penalty = bench_sides.BUDGET["orthogonality"] * 3**0.5 if name == "adalora" else 0
+    assert firsts[1] - firsts[0] == pytest.approx(penalty, abs=1e-2 if name == "adalora" else 1e-4)
+
+
+def result(names: Any) -> dict[str, Any]:
+    """Every side twice as fast as the one before it."""
+    rows = {}
+    for index, name in enumerate(names):
+        rows[name] = {
+            "seconds": 64 / 2**index,
+            "tokens_per_second": 16.0 * 2**index,
+            "peak_bytes": 1e9,
+            "temporary_bytes": 1e8,
+            "weight_bytes": 5e8,
+            "trained": 1000 + index,
+            "speed_ratio": 2.0,
+            "memory_ratio": 0.5,
+        }
+    recorded = json.loads(bench.RESULT.read_text(encoding="utf-8"))
+    return recorded | {"rows": rows, "compile_seconds": {"scanned": 1.0, "unrolled": 2.0}}
+
+
+def test_the_report_speaks_of_what_was_measured() -> None:
+    whole = bench.report(result(bench.SIDES))
+    assert whole.count("\n| ") == len(bench.SIDES)
+    assert "DyLoRA takes 0.50x of its time and 1.00x of its memory; AdaLoRA from rank 12 to 8 0.25x" in whole
+    assert "VeRA with 1024 directions, 1,013 trained numbers, 0.06x" in whole
+    first = bench.report(result(bench.TURNS[0]))
+    assert "AdaLoRA" not in first and "Compiling the checkpointed step takes 1.0 s" in first
