@@ -219,7 +219,7 @@ def bare(forward: Forward, name: str) -> Forward:
 
 # -- what layers share ------------------------------------------------------------------------------------------------
 
-Shared = Mapping[str, Mapping[str, Any]]  # arrays by the method's name, then by the leaf's field
+Shared = Mapping[str, Any]  # by the method's name: its arrays, by the leaf's field
 
 
 def share(params: Params) -> Params:
