@@ -301,7 +301,7 @@ def test_the_penalty() -> None:
 
     half = pj.trees.rewrite(half, "adalora", square)
     for form in ("code", "paper"):
-        value, slope = jax.value_and_grad(functools.partial(methods.orthogonality, form=form))(half)
+        value, slope = jax.jit(jax.value_and_grad(functools.partial(methods.orthogonality, form=form)))(half)
         assert value == 0 and all((x == 0).all() for x in jax.tree.leaves(slope))
     with pytest.raises(ValueError, match=r"form is 'squared': choose 'code', 'paper'$"):
         methods.orthogonality(params, "squared")
@@ -345,8 +345,9 @@ def test_what_is_not_adaloras_passes_through() -> None:
     trained, adam = pj.partition(stirred(params))[0], optax.adam(0.03)
     tx, bare = pj.freeze(allocate(adam, orthogonality=0.0, initial_steps=0), params), pj.freeze(adam, params)
     ours, theirs = tx.init(trained), bare.init(trained)
+    updates = jax.jit(tx.update), jax.jit(bare.update)
     for t in range(2):
-        (mine, ours), (plain, theirs) = (f(trained, s, trained) for f, s in ((tx.update, ours), (bare.update, theirs)))
+        (mine, ours), (plain, theirs) = (f(trained, s, trained) for f, s in zip(updates, (ours, theirs), strict=True))
         assert same(mine, plain) == (t == 0)
         assert same(mine["head"], plain["head"]) and same(ours.inner, theirs)
     for name, w in found(mine).items():
@@ -360,10 +361,10 @@ def test_what_is_not_adaloras_passes_through() -> None:
 def test_pruned_is_exactly_zero(dtype: Any) -> None:
     params, _ = toy(methods.adalora(3, 30, "up|down", initial_rank=6, dtype=dtype))
     trained, tx = pj.partition(stirred(params))[0], allocate(optax.adamw(0.3, weight_decay=0.1), final_steps=9)
-    tx, state = pj.freeze(tx, params), None
-    state = tx.init(trained)
+    tx = pj.freeze(tx, params)
+    state, update = tx.init(trained), jax.jit(tx.update)
     for _ in range(4):
-        updates, state = tx.update(trained, state, trained)
+        updates, state = update(trained, state, trained)
         with jax.numpy_dtype_promotion("standard"):
             trained = optax.apply_updates(trained, updates)
     assert {w.values.dtype for w in found(trained).values()} == {jnp.dtype(dtype)}
@@ -476,7 +477,8 @@ def test_pruning_for_good() -> None:
     params = pruned_by_hand(stirred(params))
     small = methods.prune(params)
     ids = batch(0)["tokens"]
-    close(forward(small, ids), forward(params, ids), rtol=1e-6, atol=1e-6)
+    call = jax.jit(forward)
+    close(call(small, ids), call(params, ids), rtol=1e-6, atol=1e-6)
     assert pj.count(small).bytes < pj.count(params).bytes and pj.count(small).frozen == pj.count(params).frozen
     counts = {"layers.0.up": 2, "layers.1.up": 0, "layers.2.up": 4} | {f"layers.{i}.down": 3 for i in range(3)}
     assert methods.ranks(small, forward) == methods.ranks(params, forward) == counts
@@ -492,7 +494,7 @@ def test_pruning_for_good() -> None:
     ]
     # It trains on, under any optimiser with or without more pruning, and what pads it stays where it is.
     noisy = stirred(small, seed=5)
-    close(forward(methods.prune(noisy), ids), forward(noisy, ids), rtol=1e-6, atol=1e-6)
+    close(call(methods.prune(noisy), ids), call(noisy, ids), rtol=1e-6, atol=1e-6)
     for tx, options in ((optax.adamw(0.01, weight_decay=0.1), {"allocate": False}), (allocate(), {})):
         run = fit(small, forward, pj.freeze(tx, small), **options)
         for w in found(run.params).values():
@@ -560,8 +562,9 @@ def test_dropout_and_half_precision() -> None:
     params, forward = toy(methods.adalora(3, 30, "up|down", dropout=0.5))
     params, ids = stirred(params), batch(0)["tokens"]
     port = lambda i: pj.Ports(micro_key=jax.random.key(i))  # noqa: E731
-    first, again, other = (forward(params, ids, port(i)) for i in (0, 0, 1))
-    assert same(first, again) and differs(first, other) and differs(first, forward(params, ids))
+    run = jax.jit(forward)
+    first, again, other = (run(params, ids, port(i)) for i in (0, 0, 1))
+    assert same(first, again) and differs(first, other) and differs(first, run(params, ids))
     w = jax.tree.map(lambda x: x[0], found(params)["layers/up/kernel/adalora"])
     x = jnp.ones((2, WIDTH), jnp.bfloat16)
     assert pj.linear(x, w).dtype == jnp.bfloat16
