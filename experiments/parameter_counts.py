@@ -10,7 +10,7 @@ is not the exact number, neither rounded nor cut off to as many digits, the row 
 import dataclasses
 import functools
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ import transformers
 import peft_jax as pj
 from peft_jax import Forward, Method, Spec, methods, models
 from peft_jax.core import Params, Path
+from peft_jax.methods.adalora import found as triplets
 from peft_jax.models.families import family
 
 # -- models -----------------------------------------------------------------------------------------------------------
@@ -33,6 +34,24 @@ def roberta(width: int, layers: int) -> Any:
         intermediate_size=4 * width,
         max_position_embeddings=514,
         type_vocab_size=1,
+    )
+
+
+def deberta(width: int, layers: int, **options: Any) -> Any:
+    """DeBERTa v2 and v3."""
+    return transformers.DebertaV2Config(
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        intermediate_size=4 * width,
+        relative_attention=True,
+        position_buckets=256,
+        norm_rel_ebd="layer_norm",
+        share_att_key=True,
+        pos_att_type=["p2c", "c2p"],
+        position_biased_input=False,
+        type_vocab_size=0,
+        **options,
     )
 
 
@@ -70,6 +89,8 @@ CONFIGS = {
     "BERT-base": transformers.BertConfig(),
     "RoBERTa-base": roberta(768, 12),
     "RoBERTa-large": roberta(1024, 24),
+    "DeBERTa-XXL": deberta(1536, 48),
+    "DeBERTaV3-base": deberta(768, 12),
     "GPT-2 M": gpt(1024, 24, 16),
     "GPT-2 L": gpt(1280, 36, 20),
     "GPT-3": gpt(12288, 96, 96),
@@ -174,17 +195,24 @@ def sizes(row: Row) -> int:
     return pj.count(abstract(row.model)[0]).frozen + row.exact
 
 
-LORA, DYLORA, VERA = "Hu et al. 2021", "Valipour et al. 2022", "Kopiczko et al. 2023"
+LORA, DYLORA, ADALORA, VERA = "Hu et al. 2021", "Valipour et al. 2022", "Zhang et al. 2023", "Kopiczko et al. 2023"
 PREFIX, PROMPT = "Li & Liang 2021", "Lester et al. 2021"
 ALL, LINEARS = r"attn\.(c_attn\.[qkv]|c_proj)$", r"_proj$"
+ALL_SIX = r"encoder\.layer\..*(query_proj|key_proj|value_proj|dense)$"
 VALUES = r"attn\.c_attn\.v$"
 
 
 def lora(model: str, rank: int, exact: int, printed: str, where: str, why: str = "", *, which: str = "q, v") -> Row:
-    """LoRA on the matrices that are named: of GPT-2, "v" and "q, k, v, o"; of Llama, "all seven linears"."""
-    select = {"v": VALUES, "q, k, v, o": ALL, "all seven linears": LINEARS}.get(which)
+    """LoRA on the matrices that are named: of GPT-2, "v" and "q, k, v, o"; of DeBERTa, "all six"; of Llama, "all seven
+    linears"."""
+    select = {"v": VALUES, "q, k, v, o": ALL, "all six": ALL_SIX, "all seven linears": LINEARS}.get(which)
     method = methods.lora(rank) if select is None else methods.lora(rank, select=select)
     return Row(model, f"LoRA, {which}, r = {rank}", method, exact, printed, where, why)
+
+
+def vera(model: str, rank: int, exact: int, printed: str, where: str, why: str = "", *, which: str = "q, v") -> Row:
+    method = methods.vera(rank) if which == "q, v" else methods.vera(rank, LINEARS)
+    return Row(model, f"VeRA, {which}, r = {rank}", method, exact, printed, where, why)
 
 
 def gpt3(rank: int, exact: int, printed: str) -> list[Row]:
@@ -212,6 +240,7 @@ ROWS: tuple[Row, ...] = (
     # LoRA
     lora("RoBERTa-base", 8, 294_912, "0.3M", f"{LORA}, Table 2"),
     lora("RoBERTa-large", 8, 786_432, "0.8M", f"{LORA}, Table 2"),
+    lora("DeBERTa-XXL", 16, 4_718_592, "4.7M", f"{LORA}, Table 2"),
     lora("GPT-2 M", 4, 393_216, "0.35M", f"{LORA}, Table 3", "24 layers x 2 matrices x 4 x 2048 are 0.39M"),
     lora("GPT-2 L", 4, 737_280, "0.77M", f"{LORA}, Table 3", "36 layers x 2 matrices x 4 x 2560 are 0.74M"),
     lora("GPT-3", 2, 4_718_592, "4.7M", f"{LORA}, Table 15", which="v"),
@@ -229,8 +258,10 @@ ROWS: tuple[Row, ...] = (
         "twice the 301.9M above, which were cut off",
         which="q, k, v, o",
     ),
-    # DyLoRA: a module of the largest rank
-    lora("GPT-2 M", 4, 393_216, "0.39M", f"{DYLORA}, E2E"),
+    Row("GPT-2 M", "DyLoRA, q, v, up to r = 4", methods.dylora(4), 393_216, "0.39M", f"{DYLORA}, E2E"),
+    # what AdaLoRA's paper prints of LoRA; its own numbers depend on what it learns (`BUDGETS`)
+    lora("DeBERTaV3-base", 2, 331_776, "0.33M", f"{ADALORA}, Table 1", which="all six"),
+    lora("DeBERTaV3-base", 8, 1_327_104, "1.33M", f"{ADALORA}, Table 1", which="all six"),
     # prompts and prefixes
     kept("GPT-2 M", 5, 245_760, "250K", "a round number"),
     kept("GPT-2 M", 10, 491_520, "500K", "a round number"),
@@ -260,6 +291,29 @@ ROWS: tuple[Row, ...] = (
     lora("ViT-L", 8, 786_432, "786.4K", f"{VERA}, images"),
     lora("Llama-7B", 64, 159_907_840, "159.9M", f"{VERA}, instructions", which="all seven linears"),
     lora("Llama-13B", 64, 250_347_520, "250.3M", f"{VERA}, instructions", which="all seven linears"),
+    # VeRA
+    *(
+        vera(model, rank, exact, printed, f"{VERA}, Table 1", why)
+        for model, rank, exact, printed, why in (
+            ("RoBERTa-base", 1, 18_456, "18.4K", ""),
+            ("RoBERTa-base", 16, 18_816, "18.8K", ""),
+            ("RoBERTa-base", 256, 24_576, "24.5K", ""),
+            ("RoBERTa-large", 1, 49_200, "49.2K", ""),
+            ("RoBERTa-large", 16, 49_920, "49.5K", "24 layers x 2 matrices x (16 + 1024) are 49.9K"),
+            ("RoBERTa-large", 256, 61_440, "61.4K", ""),
+            ("GPT-3", 16, 2_362_368, "2.8M", "96 layers x 2 matrices x (16 + 12,288) are 2.4M"),
+            ("GPT-3", 256, 2_408_448, "8.7M", "96 layers x 2 matrices x (256 + 12,288) are 2.4M"),
+        )
+    ),
+    vera("RoBERTa-base", 1024, 43_008, "0.043M", f"{VERA}, Table 2"),
+    vera("RoBERTa-large", 256, 61_440, "0.061M", f"{VERA}, Table 2"),
+    vera("GPT-2 M", 1024, 98_304, "0.098M", f"{VERA}, Table 3"),
+    vera("GPT-2 L", 1024, 165_888, "0.17M", f"{VERA}, Table 3"),
+    vera("ViT-B", 256, 24_576, "24.6K", f"{VERA}, images"),
+    vera("ViT-L", 256, 61_440, "61.4K", f"{VERA}, images"),
+    vera("Llama-7B", 1024, 1_589_248, "1.6M", f"{VERA}, instructions", which="all seven linears"),
+    vera("Llama-13B", 1024, 2_416_640, "2.4M", f"{VERA}, instructions", which="all seven linears"),
+    vera("Llama-7B", 256, 1_417_216, "1.4M", f"{VERA}, instructions", which="all seven linears"),
 )
 
 # T5 1.1 without a prompt: Table 4's totals less p x E.
@@ -272,6 +326,28 @@ TOTALS = {
 }
 
 
+class Budget(NamedTuple):
+    """AdaLoRA on DeBERTaV3-base: `rank` triplets on average in all six matrices, of `initial` at first (appendix C)."""
+
+    rank: int
+    initial: int
+    printed: str
+
+
+BUDGETS = (Budget(2, 4, "0.32M"), Budget(8, 12, "1.27M"))
+
+
+def bounds(budget: Budget) -> tuple[int, int]:
+    """The fewest and the most numbers that are left at the end: with triplets first of all in the small matrices, or
+    in the large ones."""
+    params, forward = abstract("DeBERTaV3-base")
+    init = methods.adalora(budget.rank, select=ALL_SIX, initial_rank=budget.initial).init
+    leaves = triplets(jax.eval_shape(lambda p: init(jax.random.key(0), p, forward), params)).values()
+    each = sorted(w.q.shape[-2] + w.p.shape[-1] + 1 for w in leaves for _ in range(sum(w.ranks)))
+    left = budget.rank * sum(len(w.ranks) for w in leaves)
+    return sum(each[:left]), sum(each[-left:])
+
+
 # -- the table --------------------------------------------------------------------------------------------------------
 
 
@@ -279,4 +355,11 @@ def report() -> str:
     """The rows as Markdown: what is exact, what is printed, and why they differ."""
     lines = ["| model | method | exact | printed | where | differs |", "|---|---|---|---|---|---|"]
     cells = ((r.model, r.words, f"{r.exact:,}", r.printed, r.where, r.why) for r in ROWS)
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in cells)]) + "\n"
+    lines += [f"| {' | '.join(row)} |" for row in cells]
+    for budget in BUDGETS:
+        words, (low, high) = f"AdaLoRA, all six, {budget.rank} triplets on average", bounds(budget)
+        why = "it depends on where the triplets are left"
+        lines.append(
+            f"| DeBERTaV3-base | {words} | {low:,} to {high:,} | {budget.printed} | {ADALORA}, Table 1 | {why} |"
+        )
+    return "\n".join(lines) + "\n"
