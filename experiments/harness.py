@@ -31,7 +31,18 @@ from peft_jax.training.losses import Batch
 from peft_jax.training.step import Step
 
 # Each is a module of this package with a TABLE.
-TABLES = ("lora_ablation", "prompt_ablation", "prefix_ablation", "p_tuning_v2_tasks")
+TABLES = (
+    "lora_ablation",
+    "lora_family",
+    "dylora_ranks",
+    "adalora_ablation",
+    "vera_ablation",
+    "lora_family_e2e",
+    "vera_alpaca",
+    "prompt_ablation",
+    "prefix_ablation",
+    "p_tuning_v2_tasks",
+)
 RESULTS = Path(__file__).parent / "results"
 KINDS = ("train", "evaluate")  # of work
 
@@ -72,6 +83,13 @@ class Metric(NamedTuple):
     digits: int
 
 
+class Panel(NamedTuple):
+    """A picture of a part's results: ``draw(axes, found)``, where `found` holds each row's measures, a dict a seed."""
+
+    heading: str
+    draw: Callable[[Any, Mapping[str, list[dict[str, float]]]], None]
+
+
 @dataclasses.dataclass(frozen=True)
 class Part:
     """One of the paper's tables.
@@ -79,6 +97,7 @@ class Part:
     figures     by row, what the paper prints for it, by heading
     stands_for  by row, the paper's own row where ours is not the same
     metrics     of these rows, where they are not the profile's
+    panels      that are drawn beside a point for each row and measure
     """
 
     title: str
@@ -86,6 +105,7 @@ class Part:
     figures: Mapping[str, Mapping[str, float]]
     stands_for: Mapping[str, str] = dataclasses.field(default_factory=dict)
     metrics: tuple[Metric, ...] = ()
+    panels: tuple[Panel, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -256,8 +256,12 @@ def paper_step(forward: Forward, s: Paper, steps: int) -> tuple[optax.GradientTr
 
 
 def run_e2e(task: E2E, s: Paper, row: Row, seed: int) -> Outcome:
+    return run_method(task, s, adapter(row, s.alpha, task.model.config.model_type, s.dropout), seed)
+
+
+def run_method(task: E2E, s: Paper, method: Method, seed: int) -> Outcome:
     model, key = task.model, jax.random.key(seed)
-    params, forward = adapter(row, s.alpha, model.config.model_type, s.dropout)(key, model.params, model.forward)
+    params, forward = method(key, model.params, model.forward)
     count = pj.count(params)
     steps = s.steps or s.epochs * len(task.train)
     tx, step = paper_step(forward, s, steps)
@@ -283,7 +287,7 @@ def write_and_score(task: E2E, s: Paper, params: Any) -> tuple[float, int]:
     return e2e.bleu(texts, list(task.test.values())), written
 
 
-def paper_places(s: Paper, row: Row) -> tuple[int, int]:
+def paper_places(s: Paper, row: Any) -> tuple[int, int]:
     """Of the real data, padded to 128: 42,061 examples to train on, 4,672 to validate, 630 inputs to write about."""
     length = 128
     steps = s.steps or s.epochs * (42_061 // s.batch)

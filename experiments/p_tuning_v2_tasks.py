@@ -107,7 +107,7 @@ def read(source: Any, task: Task, labels: int, seed: int) -> Model:
     return models.load(source, remat="none", head=task.head, labels=choices, key=jax.random.key(seed))
 
 
-def load(s: Laptop, source: str | None, folder: str | None, tasks: tuple[Task, ...] | None = None) -> Tasks:
+def load(s: Any, source: str | None, folder: str | None, tasks: tuple[Task, ...] | None = None) -> Tasks:
     if folder is not None:
         raise ValueError("the laptop profile reads the data that `make data-tables` fetches: leave --data out")
     place = corpora.minilm() if source is None else source

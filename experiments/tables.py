@@ -113,14 +113,14 @@ def digest(markdown: str, results: Results) -> str:
 
 
 def plot(table: Table, name: str, results: Results, path: Path, made_from: str) -> None:
-    """A panel for each part and measure, ours with every seed's result, the paper's as printed."""
+    """A panel for each part and measure, ours with every seed's result, the paper's as printed; and the parts' own."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     profile = table.profiles[name]
-    width = max(len(profile.measures(part)) + len(headings(part)) for part in profile.parts)
+    width = max(len(profile.measures(part)) + len(headings(part)) + len(part.panels) for part in profile.parts)
     size = (3.2 * width, 2.6 * len(profile.parts))
     figure, grid = pyplot.subplots(len(profile.parts), width, figsize=size, squeeze=False, layout="constrained")
     for part, axes in zip(profile.parts, grid, strict=True):
@@ -140,7 +140,14 @@ def plot(table: Table, name: str, results: Results, path: Path, made_from: str) 
             panel.tick_params(axis="y", labelsize=7)
             panel.grid(alpha=0.3)
         axes[0].set_ylabel(part.title.split(":")[0], fontsize=8)
-        for panel in axes[len(panels) :]:
+        pairs = {row.name: [(row.name, seed) for seed in profile.seeds] for row in part.rows}
+        by_row = {name: [results[pair]["metrics"] for pair in row if pair in results] for name, row in pairs.items()}
+        own = axes[len(panels) : len(panels) + len(part.panels)]
+        for (heading, draw), panel in zip(part.panels, own, strict=True):
+            draw(panel, by_row)
+            panel.set_title(heading, fontsize=8)
+            panel.tick_params(labelsize=7)
+        for panel in axes[len(panels) + len(own) :]:
             panel.set_axis_off()
     figure.suptitle(f"{table.title} ({name} profile)", fontsize=10)
     harness.whole(path, lambda part: figure.savefig(part, dpi=120, format="png", metadata={"Description": made_from}))

@@ -186,6 +186,20 @@ def test_a_part_may_have_measures_of_its_own(go, repository):
     assert "| tall (1 of 3 seeds) | 40 | 0.20 |" in text
 
 
+def test_a_part_may_have_pictures_of_its_own(go, repository):
+    drawn = []
+    panel = harness.Panel("curve", lambda axes, found: drawn.append((axes, found)))
+    table = toy()
+    profile = table.profiles["laptop"]
+    parts = (dataclasses.replace(profile.parts[0], panels=(panel,)), profile.parts[1])
+    table = dataclasses.replace(table, profiles={"laptop": dataclasses.replace(profile, parts=parts)})
+    go(table, seeds=(0, 1))
+    tables.update([table], repository / "experiments" / "results", repository / "README.md")
+    ((axes, found),) = drawn
+    assert axes.get_title() == "curve" and list(found) == ["narrow", "wide"]
+    assert [seed["score"] for seed in found["wide"]] == [30.0, pytest.approx(30 + 1 / 3)]
+
+
 def test_checked_in_tables_are_those_of_their_results(capsys):
     tables.main(["--check"])
     assert "lora_ablation, laptop: " in capsys.readouterr().out

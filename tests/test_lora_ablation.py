@@ -14,7 +14,7 @@ import toy_tokenizer
 import transformers
 
 import peft_jax as pj
-from experiments import e2e, harness, lora_ablation, run, sentiment
+from experiments import e2e, harness, lora_ablation, lora_family_e2e, run, sentiment
 from experiments.harness import Table
 from peft_jax import models, training
 from peft_jax.models.families import family
@@ -186,6 +186,16 @@ def test_a_paper_row_takes_real_steps(folder, tmp_path):
     assert result["trainable"] == 2 * 2 * 4 * 64
     assert result["metrics"]["loss"] == pytest.approx(math.log(257), abs=0.3) and result["metrics"]["bleu"] >= 0
     assert result["train"]["places"] == 2 * 2 * 128 > result["train"]["tokens"] > 300
+
+
+def test_the_familys_paper_rows_take_real_steps(folder):
+    s, row = lora_family_e2e.PAPER.settings, lora_family_e2e.PAPER.rows["vera-1024"]
+    s = dataclasses.replace(s, steps=2, batch=2, warmup=1, beams=2, new_tokens=4, prompts=3)
+    task = lora_ablation.load_e2e(s, str(folder / "gpt2-tiny"), str(folder / "e2e"))
+    outcome = lora_family_e2e.run_paper(task, s, row, 0)
+    assert outcome.trainable == 2 * 2 * (1024 + 32)
+    assert np.isfinite(outcome.metrics["loss"]) and outcome.metrics["bleu"] >= 0
+    assert outcome.train.places == 2 * 2 * 128
 
 
 def test_e2e_examples_are_those_of_the_papers_code(folder):

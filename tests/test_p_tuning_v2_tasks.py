@@ -5,13 +5,10 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-import test_encoder_tasks
-import torch
-import toy_tokenizer
-import transformers
+import toy_tasks
 
 import peft_jax as pj
-from experiments import corpora, data, run
+from experiments import data, run
 from experiments import p_tuning_v2_tasks as table
 from experiments.harness import config_of, key_of
 
@@ -20,22 +17,7 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Small packages, and a tiny BERT without a head."""
-    root = tmp_path_factory.mktemp("data")
-    test_encoder_tasks.write(root)
-    config = transformers.BertConfig(
-        vocab_size=261,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        pad_token_id=1,
-    )
-    torch.manual_seed(0)
-    transformers.BertModel(config).save_pretrained(root / corpora.MINILM)
-    toy_tokenizer.roberta().save_pretrained(root / corpora.MINILM)
-    return root
+    return toy_tasks.minilm(tmp_path_factory.mktemp("data"))
 
 
 def test_the_laptop_profile_keeps_to_its_budget(capsys):

@@ -11,7 +11,7 @@ import toy_tokenizer
 import transformers
 
 import peft_jax as pj
-from experiments import data, e2e, restaurants, scores
+from experiments import data, e2e, lora_family_e2e, restaurants, scores
 from experiments import prefix_ablation as table
 from experiments.harness import config_of, key_of
 from experiments.writing import write
@@ -168,6 +168,21 @@ def test_seeds_share_one_program_and_few_examples_are_repeated(task):
     assert first.train.tokens == s.steps * sum(len(example.tokens) - 1 for example in task.train[:4])
     none = table.run(task, dataclasses.replace(s, prefix_rate=0.0), few, 0)
     assert first.metrics["loss"] < none.metrics["loss"] - 0.1
+
+
+def test_the_lora_familys_rows_share_the_task(task):
+    profile = lora_family_e2e.LAPTOP
+    mine, theirs = profile.settings, LAPTOP.settings
+    assert all(value == getattr(theirs, name) for name, value in dataclasses.asdict(mine).items())
+    small = {name: getattr(SETTINGS, name) for name in dataclasses.asdict(mine)}
+    s, trainable = lora_family_e2e.Laptop(**small), {"dylora-4": 2 * 4 * (2 * 32 + 32 + 16), "vera-256": 2 * (512 + 48)}
+    for name, expected in trainable.items():
+        row = profile.rows[name]
+        outcome = lora_family_e2e.run(task, s, row, 0)
+        assert outcome.trainable == expected and np.isfinite(list(outcome.metrics.values())).all()
+        assert (outcome.train.places, outcome.evaluate.places) == lora_family_e2e.places(s, row)
+    seconds = sum(a / 350 + b / 900 for a, b in (lora_family_e2e.places(mine, row) for row in profile.rows.values()))
+    assert 3 * seconds < 10 * 60
 
 
 def test_shots_are_whole_examples(task):

@@ -3,7 +3,12 @@
 import dataclasses
 import json
 
-from experiments import harness, superglue
+import test_encoder_tasks
+import torch
+import toy_tokenizer
+import transformers
+
+from experiments import corpora, harness, superglue
 from experiments.harness import Table
 
 LINES = {
@@ -71,3 +76,21 @@ def go(profile, row, folder, tmp_path, model, metrics=("score",), **settings):
     table, sources = Table("toy", "", "", {"paper": profile}), {"model": str(model), "data": str(folder)}
     (path,) = harness.run(table, "paper", dirty=True, results=tmp_path, say=lambda words: None, **sources)
     return json.loads(path.read_text())
+
+
+def minilm(root):
+    """The encoder tables' packages, small, and a tiny BERT of two layers and width 16 without a head."""
+    test_encoder_tasks.write(root)
+    config = transformers.BertConfig(
+        vocab_size=261,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=1,
+    )
+    torch.manual_seed(0)
+    transformers.BertModel(config).save_pretrained(root / corpora.MINILM)
+    toy_tokenizer.roberta().save_pretrained(root / corpora.MINILM)
+    return root
