@@ -111,7 +111,9 @@ def heat(row: str) -> Panel:
 
     def draw(axes: Any, found: Mapping[str, list[dict[str, float]]]) -> None:
         seeds = found[row]
-        layers = 1 + max((int(n.split()[1]) for m in seeds for n in m if n.startswith("rank")), default=-1)
+        if not seeds:
+            return
+        layers = 1 + max(int(n.split()[1]) for n in seeds[0] if n.startswith("rank"))
         cells = [[sum(m[f"rank {i} {x}"] for m in seeds) / len(seeds) for i in range(layers)] for x in SHORT]
         axes.imshow(cells, cmap="Greens", vmin=0, vmax=3, aspect="auto")
         for y, line in enumerate(cells):

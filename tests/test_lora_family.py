@@ -129,6 +129,8 @@ def test_adaloras_budget_is_kept_and_drawn(folder):
     ranks = {n: value for n, value in outcome.metrics.items() if n.startswith("rank")}
     assert len(ranks) == 2 * 6 and sum(ranks.values()) == 2 * len(ranks) and max(ranks.values()) == 3
     figure, axes = pyplot.subplots()
+    adalora_ablation.heat("full").draw(axes, {"full": []})  # not run yet
+    assert not axes.get_images()
     adalora_ablation.heat("full").draw(axes, {"full": [outcome.metrics]})
     (image,) = axes.get_images()
     assert image.get_array().shape == (6, 2) and image.get_array()[5, 1] == ranks["rank 1 f2"]
