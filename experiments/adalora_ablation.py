@@ -115,7 +115,7 @@ def heat(row: str) -> Panel:
             return
         layers = 1 + max(int(n.split()[1]) for n in seeds[0] if n.startswith("rank"))
         cells = [[sum(m[f"rank {i} {x}"] for m in seeds) / len(seeds) for i in range(layers)] for x in SHORT]
-        axes.imshow(cells, cmap="Greens", vmin=0, vmax=3, aspect="auto")
+        axes.imshow(cells, cmap="Greens", vmin=0, vmax=5, aspect="auto")
         for y, line in enumerate(cells):
             for x, value in enumerate(line):
                 axes.text(x, y, f"{value:.1f}", ha="center", va="center", fontsize=6)
