@@ -5,7 +5,7 @@ https://arxiv.org/abs/2303.10512, Table 1; Kopiczko et al. 2023, "VeRA", https:/
 Valipour et al. 2022, "DyLoRA", https://arxiv.org/abs/2210.07558, Table 1: averages over GLUE's eight tasks.
 
     make data-tables                                     what the laptop profile reads
-    python -m experiments.run lora_family                laptop: 63 runs, about 20 minutes on two CPU cores
+    python -m experiments.run lora_family                laptop: 63 runs, about 23 minutes on two CPU cores
     python -m experiments.run lora_family --profile paper --model PATH --data PATH
                                                          paper: `experiments.lora_family_paper`
     python -m experiments.tables                         the tables, from the results
