@@ -23,8 +23,8 @@ class Frozen(Weight):
     defines `lead`, its leading axes, and `dequantise`, the array of one layer.
     """
 
-    matrix: tuple[int, ...]
-    stored: Any
+    matrix: Any
+    stored: str
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -39,7 +39,7 @@ class Frozen(Weight):
 
     @property
     def dtype(self) -> Any:
-        return self.stored
+        return jnp.dtype(self.stored)
 
     def materialise(self) -> Array:
         # A layer at a time: what is on the way from codes to numbers is larger than either.
@@ -55,19 +55,28 @@ class Frozen(Weight):
 def _product(x: Array, w: Frozen, transpose: bool) -> Array:
     @jax.custom_vjp
     def product(x: Array, w: Frozen) -> Array:
-        return (unembed if transpose else linear)(x, w.dequantise())
+        return (unembed if transpose else linear)(x, _tied(w, x).dequantise())
 
     def forth(x: Array, w: Frozen) -> tuple[Array, Frozen]:
         return product(x, w), w
 
     def back(w: Frozen, g: Array) -> tuple[Array, None]:
-        # Tied to the gradient: the compiler would find that the forward pass has dequantised the same codes, and keep
-        # the result all the way.
-        w, g = jax.lax.optimization_barrier((w, g))
-        return (linear if transpose else unembed)(g, w.dequantise()), None
+        return (linear if transpose else unembed)(g, _tied(w, g).dequantise()), None
 
     product.defvjp(forth, back)
     return product(x, w)
+
+
+def _tied(w: Frozen, x: Array) -> Frozen:
+    """The same leaf, whose codes depend on what they meet, so that they cannot be dequantised before it is there.
+
+    Otherwise the compiler would dequantise all layers at once, or find that the forward pass has dequantised the same
+    codes, and keep the result all the way (an optimization_barrier is gone before it looks).  A NaN changes codes, and
+    makes NaN of them all the same.
+    """
+    bit = jnp.isnan(x[(0,) * x.ndim])
+    each = lambda x: x ^ bit.astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.integer) else x  # noqa: E731
+    return jax.tree.map(each, w)
 
 
 def each_layer(fn: Callable[[Array], Any], array: Array) -> Any:

@@ -1,13 +1,12 @@
-"""Group-wise asymmetric integers of 4, 3 or 2 bits, and 8-bit integers by output.
+"""Group-wise asymmetric integers of 2, 3, 4 or 8 bits.
 
-    W[i, o] = scale[g, o] · (q[i, o] − zero[g, o])      g = i // group_size
-    scale = (max − min) / (2^bits − 1),  zero = round(−min / scale)       over the group, which includes 0
+    W[i, o] = step[g, o] · (q[i, o] − zero[g, o])      g = i // group_size
+    step = (max − min) / (2^bits − 1),  zero = round(−min / step)       over the group, which includes 0
 
 Codes are packed as GPTQ packs them: along the inputs, low bits first, in 32-bit words of one output each; 32 codes of 3
 bits fill 3 words.  `zero` may be any number, not only an integer: that is what lets QA-LoRA merge exactly.
 
-Source: Xu et al. 2023 (QA-LoRA, arXiv 2309.14717), section 3.2; AutoGPTQ, quantization/quantizer.py; for 8 bits
-Dettmers et al. 2022 (LLM.int8(), arXiv 2208.07339), section 2.1.
+Source: Xu et al. 2023 (QA-LoRA, arXiv 2309.14717), section 3.2; AutoGPTQ, quantization/quantizer.py.
 
 Departures: the group's range always includes 0, as in GPTQ's code, so that 0 is stored exactly.
 """
@@ -41,8 +40,8 @@ class GroupedInt(Frozen):
     codes: Any
     step: Any
     zero: Any
-    matrix: tuple[int, ...] = static()
-    stored: Any = static()
+    matrix: tuple[int, ...] = static(default=())
+    stored: str = static(default="float32")
     bits: int = static(default=4)
     group_size: int = static(default=32)
 
@@ -70,8 +69,10 @@ class Format(NamedTuple):
         """The leaf of an array, stacked layers or one.
 
         Raises:
-            ValueError: if the inputs are no whole number of groups, or a number is not finite.
+            ValueError: on an embedding; if the inputs are no whole number of groups, or a number is not finite.
         """
+        if not transposed:
+            raise ValueError("groups lie along a kernel's inputs, and this is an embedding: use nf4() or int8()")
         inputs = array.shape[-2]
         if inputs % self.group_size:
             raise ValueError(
@@ -80,11 +81,11 @@ class Format(NamedTuple):
             )
         codes, step, zero = each_layer(functools.partial(_quantise, self), array)
         refuse_unfinite(step)
-        return GroupedInt(codes, step, zero, tuple(array.shape[-2:]), jnp.dtype(array.dtype), self.bits, self.group_size)
+        return GroupedInt(codes, step, zero, tuple(array.shape[-2:]), str(array.dtype), self.bits, self.group_size)
 
 
 def grouped(bits: int = 4, group_size: int = 32, dtype: Any = jnp.float32) -> Format:
-    """Integers of `bits` bits with a scale and a zero point, of `dtype`, for every `group_size` inputs of an output.
+    """Integers of `bits` bits with a step and a zero point, of `dtype`, for every `group_size` inputs of an output.
 
     >>> import jax, peft_jax as pj
     >>> from peft_jax import quant

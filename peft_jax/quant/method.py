@@ -1,16 +1,16 @@
 """`quantise`: the frozen base of a model in few bits, as a method that chains with any other."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
-import jax
 from jaxtyping import Array
 
 from peft_jax import trees
-from peft_jax.core import Forward, Method, Params, Path
+from peft_jax.core import Forward, Method, Params
 from peft_jax.trees import Pattern, Site
 from peft_jax.weights import Leaf, Unfrozen, Weight, innermost, is_weight, rebase
 
 
+@runtime_checkable
 class Format(Protocol):
     """What `nf4`, `fp4`, `int8` and `grouped` make."""
 

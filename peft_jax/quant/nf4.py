@@ -45,16 +45,17 @@ CODES = {"nf4": NF4, "fp4": FP4}
 
 def _dynamic_map() -> np.ndarray:
     """The 256 values of the signed dynamic map: for each power of ten, twice as many as for the one below it."""
-    start, values = np.float32(0.1), [np.float32(0), np.float32(1)]
+    start = np.float32(0.1)
+    values: list[np.ndarray] = [np.zeros(1, np.float32), np.ones(1, np.float32)]
     for power in range(7):
         n = 2**power + 1
         step, k = np.float32((np.float32(1) - start) / np.float32(n - 1)), np.arange(n)
         low = (np.float64(start) + np.float64(step) * k).astype(np.float32)
         high = (1 - np.float64(step) * (n - 1 - k)).astype(np.float32)
         edges = np.where(k < n // 2, low, high)
-        means = (edges[:-1] + edges[1:]) / np.float32(2)
-        values += [sign * np.float32(10.0 ** (power - 6)) * means for sign in (1, -1)]
-    return np.sort(np.concatenate([np.atleast_1d(v) for v in values]).astype(np.float32))
+        means = np.float32(10.0 ** (power - 6)) * ((edges[:-1] + edges[1:]) / np.float32(2))
+        values += [means, -means]
+    return np.sort(np.concatenate(values))
 
 
 DYNAMIC = _dynamic_map()
@@ -85,8 +86,8 @@ class FourBit(Frozen):
 
     codes: Any
     absmax: Any
-    matrix: tuple[int, ...] = static()
-    stored: Any = static()
+    matrix: tuple[int, ...] = static(default=())
+    stored: str = static(default="float32")
     block_size: int = static(default=64)
     kind: str = static(default="nf4")
     transposed: bool = static(default=True)
@@ -102,8 +103,8 @@ class FourBit(Frozen):
         codes, nested, offset = self.absmax
         flat = codes.reshape(-1)
         wide = jnp.repeat(nested, NESTED, total_repeat_length=flat.size)
-        # The product and the sum are rounded apart, as in bitsandbytes: a comparison that changes nothing stands between
-        # them, for compilers fuse what follows directly (and see through lax.optimization_barrier).
+        # The product and the sum are rounded apart, as in bitsandbytes: a comparison that changes nothing stands
+        # between them, for compilers fuse what follows directly (and see through lax.optimization_barrier).
         product = jnp.maximum(jnp.asarray(DYNAMIC)[flat] * wide, jnp.finfo(jnp.float32).min)
         return (product + offset).reshape(codes.shape)
 
@@ -146,7 +147,7 @@ class Format(NamedTuple):
         one = functools.partial(_quantise, self, rows, transposed)
         codes, absmax = each_layer(one, array)
         refuse_unfinite(absmax)
-        return FourBit(codes, absmax, matrix, jnp.dtype(array.dtype), self.block_size, self.kind, transposed)
+        return FourBit(codes, absmax, matrix, str(array.dtype), self.block_size, self.kind, transposed)
 
 
 def nf4(block_size: int = 64, double: bool = True) -> Format:
