@@ -1,0 +1,11 @@
+"""Frozen weights in few bits: formats, one file each, and the method that puts them in place.
+
+pj.chain(quant.quantise(quant.nf4()), methods.lora(8))          # QLoRA
+"""
+
+from peft_jax.quant.grouped import grouped
+from peft_jax.quant.int8 import int8
+from peft_jax.quant.method import quantise
+from peft_jax.quant.nf4 import fp4, nf4
+
+__all__ = ["fp4", "grouped", "int8", "nf4", "quantise"]

@@ -1,0 +1,74 @@
+"""`quantise`: the frozen base of a model in few bits, as a method that chains with any other."""
+
+from typing import Any, Protocol, runtime_checkable
+
+from jaxtyping import Array
+
+from peft_jax import trees
+from peft_jax.core import Forward, Method, Params
+from peft_jax.trees import Pattern, Site
+from peft_jax.weights import Leaf, Unfrozen, Weight, innermost, is_weight, rebase
+
+
+@runtime_checkable
+class Format(Protocol):
+    """What `nf4`, `fp4`, `int8` and `grouped` make."""
+
+    def quantise(self, array: Any, *, transposed: bool = True) -> Weight: ...
+
+
+def linears(name: str) -> bool:
+    """The default choice: every kernel of the layers; not the embedding, the norms or the head."""
+    return trees.layer_of(name) is not None
+
+
+def quantise(format: Format, select: Pattern = linears, *, name: str = "quantise") -> Method:
+    """Stores the base of every leaf that `select` matches in few bits; whatever adapts a leaf goes on adapting it.
+
+    ``chain(quantise(nf4()), lora(8))`` is QLoRA, and so is ``chain(lora(8), quantise(nf4()))``.
+
+    Args:
+        format: `nf4(…)`, `fp4(…)`, `int8()` or `grouped(…)`.
+        select: a pattern over the model's names (see `pj.select`); by default every kernel inside the layers.
+        name: what messages call it.
+
+    Raises:
+        ValueError: on a pattern that matches nothing, some layers of a stacked leaf only, or what is quantised already;
+            on numbers that are not finite.
+        TypeError: on a leaf that trains whole.
+
+    >>> import jax, peft_jax as pj
+    >>> from peft_jax import methods, quant
+    >>> forward = pj.Forward(lambda params, inputs, ports: pj.linear(inputs.tokens, params["q_proj"]["kernel"]))
+    >>> params = {"q_proj": {"kernel": jax.random.normal(jax.random.key(1), (64, 64))}}
+    >>> qlora = pj.chain(quant.quantise(quant.nf4(), "q_proj"), methods.lora(4, select="q_proj"))
+    >>> params, forward = qlora(jax.random.key(0), params, forward)
+    >>> print(pj.summary(params).splitlines()[1])
+    LoRA(FourBit)                  1            512            4,096            4,165
+    """
+
+    def init(key: Array, params: Params, forward: Forward) -> Params:
+        found = trees.select(select, params, forward)
+        return trees.map_leaves(lambda path, leaf: _store(format, found.get(path), leaf, name), params)
+
+    return Method(init)
+
+
+def _store(format: Format, site: Site | None, leaf: Leaf, name: str) -> Leaf:
+    if site is None:
+        return leaf
+    where = "/".join(site.path)
+    if not all(site.chosen):
+        missed = next(n for n, hit in zip(site.names, site.chosen, strict=True) if not hit)
+        raise ValueError(
+            f"{where} holds all layers in one array, and select leaves out {missed}: {name} stores all or none of them "
+            "(load the model with scan=False to choose by layer)"
+        )
+    if any(isinstance(w, Unfrozen) for w in trees.weights(leaf)):
+        raise TypeError(f"{where} trains whole and cannot be stored in few bits: leave it out of select")
+    if is_weight(innermost(leaf)):
+        raise ValueError(f"{where} is stored as {type(innermost(leaf)).__name__} already")
+    try:
+        return rebase(leaf, lambda base: format.quantise(base, transposed=not site.embedding))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
