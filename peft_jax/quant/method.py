@@ -44,7 +44,7 @@ def quantise(format: Format, select: Pattern = linears, *, name: str = "quantise
     >>> qlora = pj.chain(quant.quantise(quant.nf4(), "q_proj"), methods.lora(4, select="q_proj"))
     >>> params, forward = qlora(jax.random.key(0), params, forward)
     >>> print(pj.summary(params).splitlines()[1])
-    LoRA(FourBit)                  1            512            4,096            4,165
+    LoRA(FourBit)                  1            512            4,096            4,172
     """
 
     def init(key: Array, params: Params, forward: Forward) -> Params:

@@ -158,7 +158,7 @@ def nf4(block_size: int = 64, double: bool = True) -> Format:
     >>> w = jax.random.normal(jax.random.key(0), (256, 128))
     >>> leaf = quant.nf4().quantise(w)
     >>> 8 * pj.count({"kernel": leaf}).bytes / w.size
-    4.12841796875
+    4.1279296875
     """
     return _format("nf4", block_size, double)
 
