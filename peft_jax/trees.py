@@ -29,6 +29,9 @@ Pattern = str | Callable[[str], bool]
 # The first number between dots in a name is the layer; later ones are experts.
 LAYER = re.compile(r"(?<![^.])\d+(?![^.])")
 
+# Every matrix of the layers: not the embedding or the head, nor T5's table of distances, which is in its first layers.
+LAYER_MATRICES = r"(^|\.)\d+\.(?!.*relative_attention_bias$)"
+
 
 # -- walking ----------------------------------------------------------------------------------------------------------
 

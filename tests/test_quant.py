@@ -158,6 +158,26 @@ def test_an_embedding_is_looked_up_by_rows() -> None:
     assert np.isnan(pj.embed(jnp.array([30]), quant.nf4(16).quantise(table, transposed=False))).all()
 
 
+def test_a_row_of_nans_spoils_no_other() -> None:
+    leaf = quant.nf4(16).quantise(jnp.asarray(RANDOM.standard_normal((32, 48)), jnp.float32))
+    x = jnp.asarray(RANDOM.standard_normal((3, 32)), jnp.float32)
+    found = jax.jit(pj.linear)(x.at[0].set(jnp.nan), leaf)
+    assert np.isnan(found[0]).all()
+    close(found[1:], x[1:] @ pj.materialise(leaf), atol=1e-4)
+    # Each under vmap, as `training.fit_many` has its runs.
+    found = jax.jit(jax.vmap(pj.linear, (0, None)))(x[:, None].at[0].set(jnp.nan), leaf)
+    close(found[1:, 0], x[1:] @ pj.materialise(leaf), atol=1e-4)
+
+
+def test_several_inputs_share_one_dequantised_weight() -> None:
+    leaf = quant.nf4().quantise(jnp.ones((256, 256)))
+    x = jnp.ones((16, 4, 256))
+    compiled = jax.jit(jax.vmap(jax.grad(lambda x, w: pj.linear(x, w).sum()), (0, None))).lower(x, leaf).compile()
+    analysis = compiled.memory_analysis()
+    assert analysis is not None
+    assert analysis.temp_size_in_bytes < 4 * (4 * 256 * 256)  # of 16 that several weights would need
+
+
 # -- among methods ----------------------------------------------------------------------------------------------------
 
 QLORA = pj.chain(quant.quantise(quant.nf4(16)), methods.lora(4, 8))

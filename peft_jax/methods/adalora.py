@@ -26,11 +26,10 @@ from jaxtyping import Array
 
 from peft_jax import trees
 from peft_jax.core import Forward, Method, Params, Path, Spec
-from peft_jax.methods.lora import dropped, dropping, plus_product
+from peft_jax.methods.lora import check_dropout, dropped, dropping, plus_product
 from peft_jax.trees import Pattern, Site
 from peft_jax.weights import Leaf, Weight, embed, linear, materialise, static, unembed
 
-EVERY_MATRIX = r"(^|\.)\d+\.(?!.*relative_attention_bias$)"  # of the layers, as in the paper
 STANDARD_DEVIATION = 0.02
 EPSILON = 1e-5  # beside r₀ in the scale
 
@@ -136,7 +135,7 @@ class SVD(Weight):
 def adalora(
     rank: int = 8,
     alpha: float | None = None,
-    select: Pattern = EVERY_MATRIX,
+    select: Pattern = trees.LAYER_MATRICES,
     *,
     initial_rank: int | None = None,
     dropout: float = 0.0,
@@ -149,7 +148,8 @@ def adalora(
     Args:
         rank: the average rank at the end, over all matrices; their ranks will differ.
         alpha: α; by default `initial_rank`, which makes the scale 1.
-        select: a pattern over the model's names (see `pj.select`); by default every matrix of the layers.
+        select: a pattern over the model's names (see `pj.select`); by default every matrix of the layers, as
+            in the paper.
         initial_rank: r₀; by default 1.5 times `rank`.  Where the two are equal nothing is pruned.
         dropout: the rate on the adapter's input, active when a call's ports carry a `micro_key` (training).
         layers: restricts the adapters to these layer indices.
@@ -176,8 +176,7 @@ def adalora(
     alpha = float(initial if alpha is None else alpha)
     if not (alpha > 0 and math.isfinite(alpha)):
         raise ValueError(f"alpha must be positive, got {alpha}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
+    check_dropout(dropout)
 
     def init(key: Array, params: Params, forward: Forward) -> Params:
         trees.claim(name, params)

@@ -1,6 +1,6 @@
 """Frozen weights in few bits: formats, one file each, and the method that puts them in place.
 
-pj.chain(quant.quantise(quant.nf4()), methods.lora(8))          # QLoRA
+``pj.chain(quant.quantise(quant.nf4()), methods.lora(8))`` is QLoRA.
 """
 
 from peft_jax.quant.grouped import grouped

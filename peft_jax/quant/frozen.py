@@ -19,19 +19,20 @@ from peft_jax.weights import Weight, linear, unembed
 class Frozen(Weight):
     """A leaf that stores one array, and trains nothing.
 
-    A subclass has the static fields `matrix`, the shape of one layer, and `stored`, the dtype that it stands for; it
-    defines `lead`, its leading axes, and `dequantise`, the array of one layer.
+    A subclass has `codes`, two axes behind the leading ones; the static fields `matrix`, the shape of one layer, and
+    `stored`, the dtype that it stands for; and it defines `dequantise`, the array of one layer.
     """
 
+    codes: Any
     matrix: Any
     stored: str
 
     @property
     def lead(self) -> tuple[int, ...]:
-        raise NotImplementedError
+        return tuple(self.codes.shape[:-2])
 
     def dequantise(self) -> Array:
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} does not say which array it stands for")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -71,12 +72,23 @@ def _tied(w: Frozen, x: Array) -> Frozen:
     """The same leaf, whose codes depend on what they meet, so that they cannot be dequantised before it is there.
 
     Otherwise the compiler would dequantise all layers at once, or find that the forward pass has dequantised the same
-    codes, and keep the result all the way (an optimization_barrier is gone before it looks).  A NaN changes codes, and
-    makes NaN of them all the same.
+    codes, and keep the result all the way (an optimization_barrier is gone before it looks).
     """
-    bit = jnp.isnan(x[(0,) * x.ndim])
-    each = lambda x: x ^ bit.astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.integer) else x  # noqa: E731
+    never = _never(x)
+    each = lambda x: x ^ never.astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.integer) else x  # noqa: E731
     return jax.tree.map(each, w)
+
+
+@jax.custom_batching.custom_vmap
+def _never(x: Array) -> Array:
+    """False, of any number and of NaN; no compiler looks through it."""
+    first = x[(0,) * x.ndim]
+    return (first != first) & (first == first)
+
+
+@_never.def_vmap
+def _never_of_several(size: int, batched: list[bool], x: Array) -> tuple[Array, bool]:
+    return _never(x[0]), False  # one flag for all: the codes they share are dequantised once
 
 
 def each_layer(fn: Callable[[Array], Any], array: Array) -> Any:

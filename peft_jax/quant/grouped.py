@@ -45,10 +45,6 @@ class GroupedInt(Frozen):
     bits: int = static(default=4)
     group_size: int = static(default=32)
 
-    @property
-    def lead(self) -> tuple[int, ...]:
-        return tuple(self.codes.shape[:-2])
-
     def dequantise(self) -> Array:
         """The array ``[in, out]`` of one layer, in the weight's dtype."""
         inputs, outputs = self.matrix

@@ -31,10 +31,6 @@ class Int8(Frozen):
     transposed: bool = static(default=True)
 
     @property
-    def lead(self) -> tuple[int, ...]:
-        return tuple(self.codes.shape[:-2])
-
-    @property
     def matrix(self) -> tuple[int, ...]:
         return tuple(self.codes.shape[-2:])
 

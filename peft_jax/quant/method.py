@@ -17,19 +17,15 @@ class Format(Protocol):
     def quantise(self, array: Any, *, transposed: bool = True) -> Weight: ...
 
 
-def linears(name: str) -> bool:
-    """The default choice: every kernel of the layers; not the embedding, the norms or the head."""
-    return trees.layer_of(name) is not None
-
-
-def quantise(format: Format, select: Pattern = linears, *, name: str = "quantise") -> Method:
+def quantise(format: Format, select: Pattern = trees.LAYER_MATRICES, *, name: str = "quantise") -> Method:
     """Stores the base of every leaf that `select` matches in few bits; whatever adapts a leaf goes on adapting it.
 
     ``chain(quantise(nf4()), lora(8))`` is QLoRA, and so is ``chain(lora(8), quantise(nf4()))``.
 
     Args:
         format: `nf4(…)`, `fp4(…)`, `int8()` or `grouped(…)`.
-        select: a pattern over the model's names (see `pj.select`); by default every kernel inside the layers.
+        select: a pattern over the model's names (see `pj.select`); by default every matrix of the layers, not the
+            embedding or the head.
         name: what messages call it.
 
     Raises:

@@ -92,10 +92,6 @@ class FourBit(Frozen):
     kind: str = static(default="nf4")
     transposed: bool = static(default=True)
 
-    @property
-    def lead(self) -> tuple[int, ...]:
-        return tuple(self.codes.shape[:-2])
-
     def scales(self) -> Float[Array, "rows blocks"]:
         """absmax of one layer, in fp32."""
         if not isinstance(self.absmax, Nested):
