@@ -47,25 +47,7 @@ class Row:
         return f"{self.kind}-{self.size}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Laptop:
-    """What all rows share: see `prefix_ablation.Laptop`."""
-
-    model: str = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    data: str = "e2e_nlg"
-    steps: int = 30
-    batch: int = 8
-    length: int = 48
-    held_out: int = 64
-    validation: int = 24
-    sentences: int = 96
-    size: int = 32
-    prompt: int = 32
-    new_tokens: int = 40
-    clip: float = 1.0
-
-
-def places(s: Laptop, row: Row) -> tuple[int, int]:
+def places(s: restaurants.Laptop, row: Row) -> tuple[int, int]:
     return s.steps * s.batch * s.length, s.sentences * s.length + s.held_out * (s.prompt + s.new_tokens)
 
 
@@ -78,14 +60,14 @@ def method_of(row: Row, dropout: float = 0.0) -> Method:
 
 
 @functools.lru_cache(maxsize=1)
-def compiled(forward: Forward, s: Laptop, row: Row) -> tuple[Forward, optax.GradientTransformation, Step]:
+def compiled(forward: Forward, s: restaurants.Laptop, row: Row) -> tuple[Forward, optax.GradientTransformation, Step]:
     """The adapted model and its step, which the seeds of a row share."""
     adapted = method_of(row).wrap(forward)
     tx = optax.adamw(optax.linear_schedule(row.rate, 0.0, s.steps), weight_decay=0.0)
     return adapted, tx, training.make_step(adapted, tx, clip=s.clip)
 
 
-def run(task: restaurants.Task, s: Laptop, row: Row, seed: int) -> Outcome:
+def run(task: restaurants.Task, s: restaurants.Laptop, row: Row, seed: int) -> Outcome:
     model, key = task.model, jax.random.key(seed)
     params = method_of(row).init(key, model.params, model.forward)
     count = pj.count(params)
@@ -112,8 +94,8 @@ ROWS = (Row("lora", 4, 1e-2, 4.0), Row("dylora", 4, 1e-2, 4.0), Row("vera", 256,
 
 LAPTOP = Profile(
     parts=(part(ROWS, {"vera-256": "vera-1024"}),),
-    settings=Laptop(),
-    metrics=(Metric("bleu", "BLEU", 1), Metric("rouge", "ROUGE-L", 1), Metric("loss", "loss, nats", 3)),
+    settings=restaurants.Laptop(),
+    metrics=restaurants.METRICS,
     speed=Speed(300, 800, "from processor time, on two CPU cores"),
     places=places,
     load=restaurants.prepare,

@@ -33,7 +33,7 @@ import optax
 
 import peft_jax as pj
 from experiments import restaurants
-from experiments.harness import Metric, Outcome, Part, Profile, Speed, Table, Work, train
+from experiments.harness import Outcome, Part, Profile, Speed, Table, Work, train
 from experiments.prefix_paper import PAPER
 from peft_jax import Forward, Method, methods, training
 from peft_jax.training.step import Step
@@ -58,26 +58,14 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class Laptop:
-    """What all rows share.  `size` rows are evaluated at a time; `prompt` is what their prompts are padded to."""
+class Laptop(restaurants.Laptop):
+    """What all rows share."""
 
-    model: str = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    data: str = "e2e_nlg"
-    steps: int = 30
-    batch: int = 8
-    length: int = 48
-    held_out: int = 64
-    validation: int = 24
-    sentences: int = 96
-    size: int = 32
-    prompt: int = 32
-    new_tokens: int = 40
     hidden: int = 512
     prefix_rate: float = 1e-3
     embedding_rate: float = 3e-2
     lora_rate: float = 1e-2
     full_rate: float = 3e-4
-    clip: float = 1.0
 
     def rate(self, kind: str) -> float:
         rates = {"lora": self.lora_rate, "full": self.full_rate, "embedding": self.embedding_rate}
@@ -173,7 +161,7 @@ LAPTOP = Profile(
         ),
     ),
     settings=Laptop(),
-    metrics=(Metric("bleu", "BLEU", 1), Metric("rouge", "ROUGE-L", 1), Metric("loss", "loss, nats", 3)),
+    metrics=restaurants.METRICS,
     speed=Speed(350, 900, "recorded on two CPU cores"),
     places=places,
     load=restaurants.prepare,

@@ -22,6 +22,7 @@ import numpy as np
 
 from experiments import e2e, scores
 from experiments.data import bigbench, smollm2
+from experiments.harness import Metric
 from experiments.writing import write
 from peft_jax import Forward, models, training
 from peft_jax.models import Model
@@ -35,6 +36,27 @@ WRITTEN = {  # where an attribute's value does not say what it is
     "familyFriendly: no": "not family friendly",
 }
 END = "\n"
+
+
+METRICS = (Metric("bleu", "BLEU", 1), Metric("rouge", "ROUGE-L", 1), Metric("loss", "loss, nats", 3))
+
+
+@dataclasses.dataclass(frozen=True)
+class Laptop:
+    """What the rows of a table share: `size` rows are evaluated at a time, their prompts padded to `prompt`."""
+
+    model: str = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    data: str = "e2e_nlg"
+    steps: int = 30
+    batch: int = 8
+    length: int = 48
+    held_out: int = 64
+    validation: int = 24
+    sentences: int = 96
+    size: int = 32
+    prompt: int = 32
+    new_tokens: int = 40
+    clip: float = 1.0
 
 
 class Example(NamedTuple):

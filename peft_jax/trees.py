@@ -260,12 +260,6 @@ def unshare(params: Params) -> tuple[Params, PyTree[Shared]]:
     return map_weights(without, params), jax.tree.map(shared, params, is_leaf=is_weight)
 
 
-def layer(leaf: Leaf, index: int) -> Leaf:
-    """One layer of a stacked leaf."""
-    sliced, shared = unshare(leaf)
-    return fill(jax.tree.map(lambda x: x[index], sliced), shared)
-
-
 # -- training ---------------------------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from peft_jax import trees
+
 COMPILED: list[str] = []
 jax.monitoring.register_event_duration_secs_listener(
     lambda event, seconds, **more: COMPILED.append(event) if event.endswith("backend_compile_duration") else None
@@ -45,6 +47,12 @@ def copied(tree: Any) -> Any:
 
 def kinds(tree: Any) -> Any:
     return jax.tree.structure(tree), [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
+
+
+def one_layer(leaf: Any, index: int) -> Any:
+    """One layer of a stacked leaf, with what its layers share."""
+    sliced, shared = trees.unshare(leaf)
+    return trees.fill(jax.tree.map(lambda x: x[index], sliced), shared)
 
 
 def size(tree: Any) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 import zoo
-from checks import close, copied, differs, kinds, same, size, without_compiling
+from checks import close, copied, differs, kinds, one_layer, same, size, without_compiling
 from jax.sharding import AxisType
 from zoo import BATCH, KEY, ROWS, TOKENS, Row
 
@@ -188,7 +188,7 @@ def test_leaves_act_as_the_arrays_they_stand_for(row: Row) -> None:
     seen = seen_by_the_model(row)
     stacked, random = zoo.build("llama").spec.stacked, np.random.RandomState(4)
     leaves = {path: w for path, w in trees.leaves(seen).items() if is_weight(w)}
-    layer = {path: trees.layer(w, 1) if stacked(path) else w for path, w in leaves.items()}
+    layer = {path: one_layer(w, 1) if stacked(path) else w for path, w in leaves.items()}
     draw = lambda n: jnp.asarray(random.standard_normal((2, 3, n)), jnp.float32)  # noqa: E731
     given = {path: (draw(w.shape[0]), draw(w.shape[1])) for path, w in layer.items()}
     ids = jnp.array([[0, 5, 31], [7, 7, 15]])

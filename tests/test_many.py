@@ -231,5 +231,7 @@ def test_errors_name_the_runs_and_the_path() -> None:
     place = "model/layers/self_attn/"
     refuses(f"'a' and 'b' differ in structure: {place}v_proj/kernel is LoRA", {k: adapted[k] for k in "ab"})
     refuses(f"'a' and 'c' differ in structure: {place}.* is LoRA.*name='lora'", {k: adapted[k] for k in "ac"})
+    adaptive = {k: methods.adalora(2)(zoo.KEY, zoo.base("llama"), LLAMA)[0] for k in "ab"}
+    refuses("SVD leaves of 'adalora' train under methods.allocate_rank, whose updates the runs' rates", adaptive)
     prompts = {k: methods.prompt_tuning(n)(zoo.KEY, zoo.base("llama"), LLAMA)[0] for k, n in (("a", 2), ("b", 3))}
     refuses("'a' and 'b' differ in structure: ports/prompt_tuning", prompts)

@@ -175,7 +175,7 @@ def test_the_lora_familys_rows_share_the_task(task):
     mine, theirs = profile.settings, LAPTOP.settings
     assert all(value == getattr(theirs, name) for name, value in dataclasses.asdict(mine).items())
     small = {name: getattr(SETTINGS, name) for name in dataclasses.asdict(mine)}
-    s, trainable = lora_family_e2e.Laptop(**small), {"dylora-4": 2 * 4 * (2 * 32 + 32 + 16), "vera-256": 2 * (512 + 48)}
+    s, trainable = restaurants.Laptop(**small), {"dylora-4": 2 * 4 * (2 * 32 + 32 + 16), "vera-256": 2 * (512 + 48)}
     for name, expected in trainable.items():
         row = profile.rows[name]
         outcome = lora_family_e2e.run(task, s, row, 0)

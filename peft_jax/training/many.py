@@ -173,6 +173,12 @@ def stack(
                     f"runs {first!r} and {name!r} differ in structure: {path} is {wanted.get(path, 'missing')} in one, "
                     f"and {found.get(path, 'missing')} in the other; only LoRA's ranks may differ"
                 )
+    for w in trees.weights(padded[first]):
+        if w.needs is not None:
+            raise ValueError(
+                f"{type(w).__name__} leaves of {w.name!r} train under {w.needs[1]}, whose updates the runs' rates "
+                "would multiply: train them one by one (training.fit)"
+            )
     made = [
         init_state(tree, rated(tx, (rates or {}).get(name, 1.0)), (keys or {}).get(name, jax.random.key(0)))
         for name, tree in padded.items()
