@@ -172,7 +172,10 @@ def adalora(
             raise ValueError(f"rank must be a positive integer, got {r}")
     initial = (3 * rank + 1) // 2 if initial_rank is None else initial_rank
     if rank > initial:
-        raise ValueError(f"the target rank is {rank} and initial_rank {initial}: pruning cannot end above its start")
+        raise ValueError(
+            f"the target rank is {rank} and initial_rank {initial}: pruning cannot end above its "
+            f"start, so give initial_rank {rank} or more"
+        )
     alpha = float(initial if alpha is None else alpha)
     if not (alpha > 0 and math.isfinite(alpha)):
         raise ValueError(f"alpha must be positive, got {alpha}")
