@@ -383,22 +383,24 @@ def labels(params: Params, forward: Forward, groups: Mapping[str, Pattern], rest
 
 
 def merge(params: Params) -> Params:
-    """Plain arrays: every `Weight` replaced by the array it stands for, in the base's dtype, at no inference cost.
+    """Every adapter taken into its base: plain arrays in the base's dtype, at no inference cost.
 
-    The base is never changed, so keeping `params` is the exact way back.
+    What nothing adapts stays as it is stored, in few bits or not.  The base is never changed, so keeping `params` is
+    the exact way back.
 
     Raises:
         ValueError: if the tree holds a port's entry (a prompt, a prefix): no weight can stand for it.
     """
     for name in params.get("ports", ()) if isinstance(params, Mapping) else ():
         raise ValueError(f"ports/{name} acts beside the weights and cannot be merged into them: keep the adapter")
-    merged = map_leaves(lambda path, leaf: _materialise(leaf) if is_weight(leaf) else leaf, share(params))
+    adapted = lambda leaf: is_weight(leaf) and hasattr(leaf, "base")  # noqa: E731
+    merged = map_leaves(lambda path, leaf: _merged(leaf) if adapted(leaf) else leaf, share(params))
     return {k: v for k, v in merged.items() if k not in ADDED} if isinstance(merged, Mapping) else merged
 
 
 @jax.jit
-def _materialise(leaf: Weight) -> Array:
-    return materialise(leaf)
+def _merged(leaf: Weight) -> Leaf:
+    return leaf.merged()
 
 
 def strip(params: Params) -> Params:

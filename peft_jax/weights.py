@@ -72,6 +72,10 @@ class Weight:
     def unembed(self, x: Array) -> Array:
         return unembed(x, self.materialise())
 
+    def merged(self) -> Leaf:
+        """What `pj.merge` leaves in an adapter's place: the array, but where a base can take the adapter in as it is."""
+        return self.materialise()
+
     def trained_size(self) -> int:
         """How many numbers this leaf trains, its base apart; a leaf that pads its arrays counts less than it stores."""
         return sum(array.size for name in self.trains for array in jax.tree.leaves(getattr(self, name)))

@@ -2,12 +2,14 @@
 
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 from jaxtyping import Array
 
 from peft_jax import trees
 from peft_jax.core import Forward, Method, Params
+from peft_jax.quant.frozen import Frozen
 from peft_jax.trees import Pattern, Site
-from peft_jax.weights import Leaf, Unfrozen, Weight, innermost, is_weight, rebase
+from peft_jax.weights import Leaf, Unfrozen, Weight, innermost, is_weight, materialise, rebase
 
 
 @runtime_checkable
@@ -48,6 +50,19 @@ def quantise(format: Format, select: Pattern = trees.LAYER_MATRICES, *, name: st
         return trees.map_leaves(lambda path, leaf: _store(format, found.get(path), leaf, name), params)
 
     return Method(init)
+
+
+def dequantise(params: Params) -> Params:
+    """Plain arrays in place of everything stored in few bits; what adapts a leaf goes on adapting it.
+
+    >>> import jax, peft_jax as pj
+    >>> from peft_jax import quant
+    >>> params = {"kernel": quant.nf4().quantise(jax.random.normal(jax.random.key(1), (64, 64)))}
+    >>> quant.dequantise(params)["kernel"].shape
+    (64, 64)
+    """
+    plain = lambda w: jax.jit(materialise)(w) if isinstance(w, Frozen) else w  # noqa: E731
+    return trees.map_leaves(lambda path, leaf: rebase(leaf, plain), params)
 
 
 def _store(format: Format, site: Site | None, leaf: Leaf, name: str) -> Leaf:
