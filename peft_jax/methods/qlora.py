@@ -2,20 +2,20 @@
 
     y = x · dequantise(dequantise(c₁, c₂), W⁴) + s · drop(x) A B        s = α/r
 
-W⁴ ``[in, out]`` is frozen: a code of four bits for each number, NF4 by default, a scale c₂ in eight bits for each block
-of 64, a scale c₁ for each 256 of those (`peft_jax.quant.nf4`).  A ``[in, r]`` and B ``[r, out]`` train, in every linear
-of every layer, which the paper finds to be what full fine-tuning's quality takes (section 4, figure 2).  Nothing here is
-new: it is ``chain(quant.quantise(format, select), lora(...))``, and either order of the two gives the same tree.
+W⁴ ``[in, out]`` is frozen: a code of four bits for each number, NF4 by default, a scale c₂ in eight bits for each
+block of 64, a scale c₁ for each 256 of those (`peft_jax.quant.nf4`).  A ``[in, r]`` and B ``[r, out]`` train, in every
+linear of every layer, which is what the paper finds full fine-tuning's quality to take (section 4, figure 2).  Nothing
+here is new: it is ``chain(quant.quantise(format, select), lora(...))``, and either order of the two gives one tree.
 
 The memory is saved in the backward pass as well, which keeps codes and scales and never a dequantised weight
-(`peft_jax.quant.frozen`).  The rest of the recipe is the trainer's: layers checkpointed (``remat="full"``, the default),
-the optimiser's state paged (`training.page`).  Optimiser: AdamW, β₂ 0.999, 2e-4 up to 13B and 1e-4 above, constant after
-a warm-up of 3%, gradient norm clipped at 0.3, batch 16 (appendix B.2, table 9).
+(`peft_jax.quant.frozen`).  The rest of the recipe is the trainer's: layers checkpointed (``remat="full"``, the
+default), the optimiser's state paged (`training.page`).  Optimiser: AdamW, β₂ 0.999, 2e-4 up to 13B and 1e-4 above,
+constant after a warm-up of 3%, gradient norm clipped at 0.3, batch 16 (appendix B.2, table 9).
 
 Source: sections 2 and 3, equation 5; artidoro/qlora, qlora.py (``get_accelerate_model``, ``find_all_linear_names``).
 
 Departures: the paper computes in bf16 what is stored in four bits, here it is the dtype that the weight had
-(``models.load(dtype=jnp.bfloat16)`` for the paper's).  Dropout is 0.1 by default, the paper's up to 13B; above it, 0.05.
+(``models.load(dtype=jnp.bfloat16)`` for the paper's).  Dropout is 0.1, the paper's up to 13B; above it has 0.05.
 """
 
 from typing import Any
