@@ -4,10 +4,10 @@
     params = adapters.use(params, "de")                       # one for all rows; nothing recompiles
     forward(params, tokens, pj.Ports(adapter=jnp.array([0, 1, -1])))   # one a row; -1 is the base alone
 
-The adapters must be LoRA leaves on the same base, quantised or not; a DyLoRA counts as the LoRA that it is at its rank in use.  Their
-ranks, scales and target modules may differ: an adapter that leaves a module alone has rank 0 there.  Prompts and
-prefixes stack too, where all have them, under one name and of one length: one batch then mixes tasks whose prefixes are
-stored side by side.
+The adapters must be LoRA leaves on the same base, quantised or not; a DyLoRA counts as the LoRA that it is at its rank
+in use.  Their ranks, scales and target modules may differ: an adapter that leaves a module alone has rank 0 there.
+Prompts and prefixes stack too, where all have them, under one name and of one length: one batch then mixes tasks whose
+prefixes are stored side by side.
 """
 
 import dataclasses
