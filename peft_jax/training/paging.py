@@ -1,4 +1,4 @@
-"""Paged optimiser state: it lies in host memory, and is on the device only while the step uses it (QLoRA's name for it).
+"""Paged optimiser state: in host memory between steps, on the device while the step uses it.
 
     moments in pinned_host  →  device  →  the optimiser's update  →  pinned_host
 
