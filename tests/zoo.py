@@ -167,6 +167,7 @@ class Row(NamedTuple):
     method      ``(key, params, forward) -> (params, forward)``
     trains      how many numbers train, by the paper's formula
     optimiser   () -> the optimiser that belongs to the method
+    stores      the part of the method that stores the base in few bits: what `strip` gives back, and adapters start from
     keeps       how many numbers it keeps beside Adam's two for each that trains
     Where a law does not hold, the row says why; an empty reason means that it does:
     changes     the output is not the base's at the start
@@ -180,11 +181,16 @@ class Row(NamedTuple):
     method: Callable[..., tuple[Any, pj.Forward]]
     trains: int
     optimiser: Callable[[], optax.GradientTransformation] = lambda: optax.adam(3e-3)
+    stores: pj.Method = pj.chain()
     keeps: int = 0
     changes: str = ""
     stays: str = ""
     slope: str = ""
     foreign: str = ""
+
+    def base(self, params: Any, **options: Any) -> Any:
+        """A llama's weights as this row's adapters find them."""
+        return self.stores(KEY, params, build("llama", **options))[0]
 
 
 def vectors(rank: int, *shapes: tuple[int, int]) -> int:
@@ -253,6 +259,7 @@ def allocated(steps: int = 3) -> optax.GradientTransformationExtraArgs:
 
 
 INT4 = quant.quantise(quant.grouped(4, 16), "(q|v)_proj")
+NF4 = quant.quantise(quant.nf4(16))
 PUT_BEFORE = {"changes": "random rows stand before the tokens", "stays": "it acts beside the weights"}
 
 ROWS = (
@@ -341,6 +348,7 @@ ROWS = (
         ("qalora",),
         pj.chain(INT4, methods.qalora(2, 4, "(q|v)_proj", group_size=16, layers=[0, 2], dropout=0.2)),
         2 * pooled(2, 16, Q, V),
+        stores=INT4,
         foreign="HF PEFT",
     ),
     Row("one layer", ("unfreeze",), methods.unfreeze(r"layers\.1\."), LAYER),
@@ -380,9 +388,16 @@ ROWS = (
         foreign="save them apart",
         **PUT_BEFORE,
     ),
+    Row(
+        "qlora",
+        ("qlora",),
+        methods.qlora(4, 8, format=quant.nf4(16)),
+        LAYERS * low_rank(4, Q, K, V, OUT, GATE, UP, DOWN),
+        stores=NF4,
+    ),
 )
 
 
-def model(family: str) -> Any:
+def model(family: str, params: Any = None) -> Any:
     """What `interop.hf_peft.load` adapts."""
-    return SimpleNamespace(params=base(family), forward=build(family))
+    return SimpleNamespace(params=base(family) if params is None else params, forward=build(family))

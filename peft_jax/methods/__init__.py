@@ -12,6 +12,7 @@ from peft_jax.methods.pissa import pissa
 from peft_jax.methods.prefix_tuning import bake, prefix_tuning
 from peft_jax.methods.prompt_tuning import prompt_tuning
 from peft_jax.methods.qalora import qalora
+from peft_jax.methods.qlora import qlora
 from peft_jax.methods.unfreeze import unfreeze
 from peft_jax.methods.vera import vera
 
@@ -32,6 +33,7 @@ __all__ = [
     "prompt_tuning",
     "prune",
     "qalora",
+    "qlora",
     "ranks",
     "truncate",
     "unfreeze",

@@ -33,7 +33,7 @@ import numpy as np
 from jaxtyping import Array
 
 from peft_jax import trees
-from peft_jax.core import Forward, Method, Params, Path
+from peft_jax.core import Forward, Method, Params
 from peft_jax.methods.lora import check_dropout, dropped, dropping
 from peft_jax.quant.grouped import GroupedInt
 from peft_jax.trees import LAYER_MATRICES, Pattern, Site
