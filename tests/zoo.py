@@ -203,6 +203,11 @@ def low_rank(rank: int, *shapes: tuple[int, int]) -> int:
     return rank * sum(inputs + outputs for inputs, outputs in shapes)
 
 
+def pooled(rank: int, group: int, *shapes: tuple[int, int]) -> int:
+    """QA-LoRA, section 3.3: r · (groups of inputs + out) for every adapted matrix."""
+    return rank * sum(inputs // group + outputs for inputs, outputs in shapes)
+
+
 def triplets(rank: int, *shapes: tuple[int, int]) -> int:
     """AdaLoRA, section 3.1: r · (in + out + 1) for every adapted matrix."""
     return low_rank(rank, *shapes) + rank * len(shapes)
@@ -253,6 +258,7 @@ def allocated(steps: int = 3) -> optax.GradientTransformationExtraArgs:
     return methods.allocate_rank(optax.adam(0.05), steps, initial_steps=0, final_steps=1, orthogonality=0)
 
 
+INT4 = quant.quantise(quant.grouped(4, 16), "(q|v)_proj")
 NF4 = quant.quantise(quant.nf4(16))
 PUT_BEFORE = {"changes": "random rows stand before the tokens", "stays": "it acts beside the weights"}
 
@@ -336,6 +342,14 @@ ROWS = (
         2 * triplets(3, Q, V, DOWN),
         optimiser=allocated,
         keeps=LAYERS * (2 * triplets(3, Q, V, DOWN) + 2 * 3 * 3) + 2,  # scores of padding too
+    ),
+    Row(
+        "qalora",
+        ("qalora",),
+        pj.chain(INT4, methods.qalora(2, 4, "(q|v)_proj", group_size=16, layers=[0, 2], dropout=0.2)),
+        2 * pooled(2, 16, Q, V),
+        stores=INT4,
+        foreign="HF PEFT",
     ),
     Row("one layer", ("unfreeze",), methods.unfreeze(r"layers\.1\."), LAYER),
     Row("everything", ("unfreeze",), methods.unfreeze(""), LAYERS * LAYER + WIDTH + 2 * TABLE),
