@@ -34,6 +34,10 @@ class Frozen(Weight):
     def dequantise(self) -> Array:
         raise TypeError(f"{type(self).__name__} does not say which array it stands for")
 
+    def like(self, array: Array) -> "Frozen":
+        """Another array, stored as this one is."""
+        raise TypeError(f"{type(self).__name__} does not say how it stores an array")
+
     @property
     def shape(self) -> tuple[int, ...]:
         return (*self.lead, *self.matrix)
