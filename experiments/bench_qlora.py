@@ -7,7 +7,7 @@ Residual blocks ``x + down(gelu(up(x)))`` in fp32, unrolled; the kernels in NF4 
 backward pass keeps of the forward one (`jax.vjp`'s, arguments apart), ``temporaries`` XLA's, by ``memory_analysis``.
 ``ours-double`` has its scales in eight bits too (4.127 bits a number), which qwix does not offer.  Each side is a
 process of its own, and rounds alternate between them, as in `experiments.bench`.  The result is kept in
-experiments/results/bench_qlora.json, of which `make tables` makes the paragraph in docs/methods/qlora.md.
+experiments/results/bench_qlora.json, of which `make tables` makes the README's paragraph.
 """
 
 import argparse
