@@ -65,7 +65,6 @@ NAMED: dict[str, Callable[[], Config]] = {
     "llama-3-70b": lambda: _llama(8192, 28672, 80, 64, num_key_value_heads=8, vocab_size=128256),
     "gpt2": lambda: _gpt(768, 12, 12),
     "gpt2-medium": lambda: _gpt(1024, 24, 16),
-    "gpt2-large": lambda: _gpt(1280, 36, 20),
     "gpt3-175b": lambda: _gpt(12288, 96, 96, 2048),
 }
 FORMATS: dict[str, Callable[[], Any]] = {
@@ -172,7 +171,7 @@ def plan(
     trained, frozen = trees.partition(params)
     states = jax.tree.leaves(jax.eval_shape(trees.transformation(tx).init, trained))
     on_host = [x for x in states if paged is not None and x.size >= paged]
-    count, codes, wide = trees.count(params), _codes(frozen), _wide_bytes(trained)
+    count, codes = trees.count(params), _codes(frozen)
     attend = ATTENTION[attention]
     layers = config.num_hidden_layers
     kept = sum(map(_size, _kept(forward, params, batch, length, attend)))
@@ -184,7 +183,7 @@ def plan(
         weights=share(_bytes(frozen) - codes[1]),
         scales=share(codes[1]),
         adapter=share(_bytes(trained)),
-        gradients=share(wide),
+        gradients=share(sum(x.size * max(4, x.dtype.itemsize) for x in jax.tree.leaves(trained))),
         optimiser=share(sum(map(_size, states)) - sum(map(_size, on_host))),
         host=share(sum(map(_size, on_host))),
         kept=kept,
@@ -293,10 +292,6 @@ def _size(x: Any) -> int:
 
 def _bytes(tree: Any) -> int:
     return sum(map(_size, jax.tree.leaves(tree)))
-
-
-def _wide_bytes(tree: Any) -> int:
-    return sum(x.size * max(4, x.dtype.itemsize) for x in jax.tree.leaves(tree))
 
 
 def _codes(frozen: Params) -> tuple[int, int]:
