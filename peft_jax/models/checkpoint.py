@@ -1,4 +1,4 @@
-"""Checkpoints by tensor name: from safetensors (or anything with a `Reader`) to our tree, and back.
+"""Checkpoints by tensor name: from safetensors (or anything with a `Reader`) to our tree.
 
 A family's table of `Tensor`s says where each tensor goes.  Reading is strict: the first missing, extra or misshapen
 tensor raises.  Nothing holds two copies of a model: a leaf is filled layer by layer, in blocks, straight from the
@@ -6,113 +6,26 @@ mapped file, and with shardings each device gets only the slices it keeps.
 """
 
 import functools
-import json
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
-from pathlib import Path as File
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from peft_jax.core import Params, Path
+from peft_jax.models.reader import Reader
 from peft_jax.models.tensors import Tensor, unrolled
+from peft_jax.on_disk import Index, OnDisk, aligned, once, whole
 from peft_jax.trees import leaves, path_of
+from peft_jax.weights import Leaf
 
-Index = tuple[slice, ...]  # a region of an array, each slice with its start and stop
 BLOCK = 64 << 20  # bytes of a source that are read, converted and transposed at a time
 
 # Buffers that old checkpoints carry and no model needs: they are computed from the config.
 # What may repeat an embedding, and what may be there if it is zero: older encoder-decoder models store both.
 COPY, ZERO = re.compile(r"^lm_head\.weight$|\.embed_tokens\.weight$"), re.compile(r"^final_logits_bias$")
 HARMLESS = re.compile(r"rotary_emb\.inv_freq$|(^|\.)attn\.(masked_)?bias$|embeddings\.position_ids$")
-
-
-@runtime_checkable
-class Reader(Protocol):
-    """A checkpoint whose tensors can be read by their Hugging Face names, a region at a time."""
-
-    @property
-    def source(self) -> str:
-        """The file or folder, for messages."""
-
-    def names(self) -> Collection[str]: ...
-
-    def shape(self, name: str) -> tuple[int, ...]: ...
-
-    def read(self, name: str, index: Index) -> np.ndarray: ...
-
-
-# -- safetensors ------------------------------------------------------------------------------------------------------
-
-
-class SafeTensors(NamedTuple):
-    """A `Reader` of safetensors: where each tensor lies, and its shape."""
-
-    source: str
-    tensors: Mapping[str, tuple[File, tuple[int, ...]]]
-
-    def names(self) -> Collection[str]:
-        return self.tensors.keys()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.tensors[name][1]
-
-    def read(self, name: str, index: Index) -> np.ndarray:
-        # The file is mapped for one read only, so that pages already copied do not count as ours.
-        with safe_open(self.tensors[name][0], "numpy") as mapped:
-            return mapped.get_slice(name)[index]
-
-
-def open_safetensors(folder: File) -> SafeTensors:
-    """Opens ``model.safetensors``, or the shards that ``model.safetensors.index.json`` lists.
-
-    Raises:
-        ValueError: if the folder holds no safetensors, a listed shard or tensor is missing, or a file is damaged.
-    """
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    listed: dict[str, str] = {}
-    if single.is_file():
-        files = [single]
-    elif index.is_file():
-        listed = read_json(index).get("weight_map", {})
-        if strays := sorted({name for name in listed.values() if File(name).name != name}):
-            raise ValueError(f"{index} points outside its folder, to {strays[0]}")
-        files = [folder / name for name in sorted(set(listed.values()))]
-    else:
-        raise ValueError(_no_weights(folder))
-    tensors: dict[str, tuple[File, tuple[int, ...]]] = {}
-    for file in files:
-        if not file.is_file():
-            raise ValueError(f"{index} lists {file.name}, which is not there: download it again")
-        try:
-            with safe_open(file, "numpy") as mapped:
-                tensors |= {name: (file, tuple(mapped.get_slice(name).get_shape())) for name in mapped.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{file} is cut short or is not a safetensors file: download it again ({error})") from None
-    if absent := sorted(listed.keys() - tensors.keys()):
-        raise ValueError(f"{index} lists {absent[0]}, which {listed[absent[0]]} does not hold")
-    return SafeTensors(str(folder), tensors)
-
-
-def _no_weights(folder: File) -> str:
-    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(pattern))
-    if pickles:
-        return (
-            f"{folder} holds {pickles[0]}, a pickle, which can run any code when it is opened: in an environment that "
-            "you trust it with, convert it by transformers' AutoModelForCausalLM (an encoder: AutoModel)"
-            ".from_pretrained(folder).save_pretrained(new_folder)"
-        )
-    return f"{folder} holds neither model.safetensors nor model.safetensors.index.json"
-
-
-def read_json(file: File) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
 
 
 # -- the plan ---------------------------------------------------------------------------------------------------------
@@ -222,6 +135,7 @@ def read_params(
     scan: bool = True,
     shardings: Any = None,
     unused: str = "",
+    lazy: bool = False,
 ) -> Params:
     """Fills an abstract tree from a checkpoint, each leaf in the dtype that the tree asks for.
 
@@ -231,6 +145,7 @@ def read_params(
         abstract: the tree as `jax.ShapeDtypeStruct`s.
         shardings: a sharding, or a tree of them that `abstract` refines; each device then gets only its own slices.
         unused: a pattern of the names that the checkpoint may hold beside: other heads, say.
+        lazy: leaves matrices on disk (`peft_jax.on_disk`), and reads vectors, which are small.
 
     Raises:
         ValueError: if a tensor is missing, extra or misshapen, with its name, its shapes and the file.
@@ -238,12 +153,15 @@ def read_params(
     made = plan(abstract, tensors, layers, scan)
     names = locate(reader, made.shapes, unused)
 
-    def create(keys: Any, leaf: Any, sharding: Any = None) -> jax.Array:
+    def create(keys: Any, leaf: Any, sharding: Any = None) -> Leaf:
         slots = [slot._replace(source=names[slot.source]) for slot in made.slots[path_of(keys)]]
         fill = functools.partial(_fill, reader, slots, leaf)
+        if lazy and len(reader.shape(slots[0].source)) == 2:
+            where = tuple(f"{slot.source} of {reader.source}" for slot in slots)
+            return OnDisk(tuple(leaf.shape), str(leaf.dtype), fill, where)
         if sharding is None:
-            return jax.device_put(fill(_whole(leaf.shape)))
-        return jax.make_array_from_callback(leaf.shape, sharding, _once(fill, leaf.shape))
+            return jax.device_put(fill(whole(leaf.shape)))
+        return jax.make_array_from_callback(leaf.shape, sharding, once(fill, leaf.shape))
 
     if shardings is None:
         return jax.tree_util.tree_map_with_path(create, abstract)
@@ -251,26 +169,9 @@ def read_params(
     return jax.tree_util.tree_map_with_path(create, abstract, spread)
 
 
-def _whole(shape: Sequence[int]) -> Index:
-    return tuple(slice(0, n) for n in shape)
-
-
-def _once(fill: Callable[[Index], np.ndarray], shape: Sequence[int]) -> Callable[[Any], np.ndarray]:
-    """Devices that hold the same region share one read."""
-    seen: dict[tuple[tuple[int, int, int], ...], np.ndarray] = {}
-
-    def region(index: Any) -> np.ndarray:
-        key = tuple(s.indices(n) for s, n in zip(index, shape, strict=True))
-        if key not in seen:
-            seen[key] = fill(tuple(slice(start, stop) for start, stop, _ in key))
-        return seen[key]
-
-    return region
-
-
 def _fill(reader: Reader, slots: Sequence[Slot], leaf: Any, index: Index) -> np.ndarray:
     """A region of a leaf, read matrix by matrix."""
-    out = _aligned(tuple(s.stop - s.start for s in index), leaf.dtype)
+    out = aligned(tuple(s.stop - s.start for s in index), leaf.dtype)
     if len(index) == len(reader.shape(slots[0].source)):  # not stacked
         _read_matrix(reader, slots[0], index, out)
         return out
@@ -289,56 +190,3 @@ def _read_matrix(reader: Reader, slot: Slot, index: Index, out: np.ndarray) -> N
         stop = min(start + step, first.stop)
         block = reader.read(slot.source, (slice(start, stop), *rest))
         out[start - first.start : stop - first.start] = block.astype(out.dtype)
-
-
-def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An empty array that JAX's CPU backend can take over without a copy, which it does at 64-byte addresses."""
-    size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-    raw = np.empty(size + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + size].view(dtype).reshape(shape)
-
-
-# -- writing ----------------------------------------------------------------------------------------------------------
-
-
-def write_params(
-    folder: File,
-    params: Params,
-    tensors: Sequence[Tensor],
-    layers: int,
-    scan: bool = True,
-    *,
-    shard_bytes: int = 2_000_000_000,
-) -> None:
-    """Writes plain arrays as safetensors under their Hugging Face names, in shards of at most `shard_bytes`.
-
-    One shard is held in memory at a time.  A tensor larger than `shard_bytes` gets a shard of its own.
-    """
-    made, tree = plan(params, tensors, layers, scan), leaves(params)
-    sizes = {
-        source: int(np.prod(shape)) * np.dtype(tree[made.parts[source][1][0][0]].dtype).itemsize
-        for source, shape in made.shapes.items()
-    }
-    shards: list[list[str]] = [[]]
-    for source, size in sizes.items():
-        if shards[-1] and sum(sizes[name] for name in shards[-1]) + size > shard_bytes:
-            shards.append([])
-        shards[-1].append(source)
-
-    def gather(source: str) -> np.ndarray:
-        transpose, parts = made.parts[source]
-        arrays = [np.asarray(tree[path] if layer is None else tree[path][layer]) for path, layer in parts]
-        whole = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, -1)
-        return np.ascontiguousarray(whole.T if transpose else whole)
-
-    weight_map: dict[str, str] = {}
-    for number, sources in enumerate(shards, 1):
-        one = len(shards) == 1
-        name = "model.safetensors" if one else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        # transformers refuses files that do not name a format.
-        save_file({source: gather(source) for source in sources}, folder / name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(sources, name)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -26,8 +26,10 @@ from peft_jax.core import Forward, Params
 from peft_jax.files import replacing
 from peft_jax.interop import gguf
 from peft_jax.interop.gguf_tokenizer import read_tokenizer
-from peft_jax.models.checkpoint import Reader, open_safetensors, read_json, read_params, write_params
+from peft_jax.models.checkpoint import read_params
 from peft_jax.models.families import family
+from peft_jax.models.reader import Reader, open_safetensors, read_json
+from peft_jax.models.writing import write_params
 from peft_jax.trees import ADDED, bare, weights
 from peft_jax.weights import Unfrozen
 
@@ -118,6 +120,7 @@ def load(
     head: str | None = None,
     labels: int | None = None,
     key: Array | None = None,
+    lazy: bool = False,
 ) -> Model:
     """A pretrained model, from a ``.gguf`` file, a Hugging Face directory, or (online) a name on the Hugging Face Hub.
 
@@ -133,6 +136,8 @@ def load(
             does not hold is new: random, and it trains (its leaves are those of `methods.unfreeze`).
         labels: how many labels the head chooses from; by default the config's.
         key: from which a new head is drawn; by default ``jax.random.key(0)``.
+        lazy: leaves every matrix on disk.  `quant.quantise` then reads, packs and frees one layer at a time, adapters
+            go on top without reading, and `pj.place` reads the rest, into shardings if need be.
 
     Raises:
         ValueError: if the source is damaged, pickled, of an unknown architecture, or does not match its config: a
@@ -142,6 +147,8 @@ def load(
 
     Departures: transformers fills missing tensors with random numbers and passes over extra ones, with a warning.
     """
+    if lazy and shardings is not None:
+        raise ValueError("lazy=True leaves matrices on disk: give the shardings to pj.place, which reads them")
     path = File(source).expanduser()
     if isinstance(tokenizer, str | os.PathLike):
         tokenizer = _tokenizer(File(tokenizer))
@@ -162,12 +169,12 @@ def load(
         tensors = tuple(t for t in tensors if t not in new)
         tops = {t.paths[0].split("/")[0] for t in new}
         rest = {name: part for name, part in abstract.items() if name not in tops}
-        params = read_params(found.reader, tensors, rest, layers, scan, shardings, module.UNUSED)
+        params = read_params(found.reader, tensors, rest, layers, scan, shardings, module.UNUSED, lazy)
         fresh = jax.jit(lambda key: {name: init(key)[name] for name in tops})(key)
         params |= jax.tree.map(lambda x: Unfrozen(x, jnp.copy(x), name="head"), fresh)
         forward = bare(forward, "head")
     else:
-        params = read_params(found.reader, tensors, abstract, layers, scan, shardings, module.UNUSED)
+        params = read_params(found.reader, tensors, abstract, layers, scan, shardings, module.UNUSED, lazy)
     return Model(params, forward, found.config, found.tokenizer, found.generation, head)
 
 

@@ -4,6 +4,7 @@ The memory that a few bits save is lost if the backward pass keeps what the forw
 `unembed` here have their own backward rule, which keeps the leaf itself and dequantises it once more.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -91,13 +92,20 @@ def _never_of_several(size: int, batched: list[bool], x: Array) -> tuple[Array, 
     return _never(x[0]), False  # one flag for all: the codes they share are dequantised once
 
 
-def each_layer(fn: Callable[[Array], Any], array: Array) -> Any:
-    """``fn`` of each layer's matrix, a layer at a time: several at once would need many times the memory."""
+def each_layer(fn: Callable[..., Any], array: Array, *options: Any) -> Any:
+    """``fn(*options, matrix)`` of each layer, a layer at a time: several at once would need many times the memory.
+
+    `fn` and `options` must be hashable: leaves of one shape share one program, and layers that come one by one
+    (`peft_jax.on_disk`) give the bits that they give together.
+    """
+    return _each_layer(fn, options, array)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _each_layer(fn: Callable[..., Any], options: tuple[Any, ...], array: Array) -> Any:
     lead = array.shape[:-2]
-    if not lead:
-        return jax.jit(fn)(array)
     flat = array.reshape(math.prod(lead), *array.shape[-2:])
-    found = jax.jit(lambda x: jax.lax.map(fn, x))(flat)
+    found = jax.lax.map(lambda w: fn(*options, w), flat)
     return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), found)
 
 

@@ -12,7 +12,6 @@ Departures: the group's range always includes 0, as in GPTQ's code, so that 0 is
 """
 
 import dataclasses
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -75,7 +74,7 @@ class Format(NamedTuple):
                 f"{inputs} inputs are not a whole number of groups of {self.group_size}: choose a group_size that "
                 "divides them, or leave this leaf out of select"
             )
-        codes, step, zero = each_layer(functools.partial(_quantise, self), array)
+        codes, step, zero = each_layer(_quantise, array, self)
         refuse_unfinite(step)
         return GroupedInt(codes, step, zero, tuple(array.shape[-2:]), str(array.dtype), self.bits, self.group_size)
 

@@ -18,7 +18,6 @@ arXiv 2110.02861.  A block may have any even size, and an all-zero block is stor
 """
 
 import dataclasses
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -140,8 +139,7 @@ class Format(NamedTuple):
         matrix = tuple(array.shape[-2:])
         length = matrix[0] if transposed else matrix[1]
         rows = math.prod(matrix) // length if length % self.block_size == 0 else 1
-        one = functools.partial(_quantise, self, rows, transposed)
-        codes, absmax = each_layer(one, array)
+        codes, absmax = each_layer(_quantise, array, self, rows, transposed)
         refuse_unfinite(absmax)
         return FourBit(codes, absmax, matrix, str(array.dtype), self.block_size, self.kind, transposed)
 
