@@ -109,7 +109,7 @@ def _stream(format: Format, base: OnDisk, transposed: bool, bar: Any) -> Leaf:
 
     def make(number: int) -> Leaf:
         try:
-            layer = format.quantise(jnp.asarray(base.layer(number))[None], transposed=transposed)
+            layer = format.quantise(jnp.asarray(base.layer(number)[None]), transposed=transposed)
         except ValueError as error:
             raise ValueError(f"{base.names[number]}: {error}") from None
         bar.update()
