@@ -9,8 +9,8 @@ The peak of memory is then the quantised model and about one layer.
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,21 @@ from jaxtyping import Array
 from peft_jax.weights import Leaf, Weight, rebase, static
 
 Index = tuple[slice, ...]  # a region of an array, each slice with its start and stop
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """A checkpoint whose tensors can be read by their Hugging Face names, a region at a time."""
+
+    @property
+    def source(self) -> str:
+        """The file or folder, for messages."""
+
+    def names(self) -> Collection[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def read(self, name: str, index: Index) -> np.ndarray: ...
 
 
 @jax.tree_util.register_dataclass

@@ -7,16 +7,16 @@ mapped file, and with shardings each device gets only the slices it keeps.
 
 import functools
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from peft_jax.core import Params, Path
-from peft_jax.models.reader import Reader
+from peft_jax.models.quantised import EMPTY, Packed, find
 from peft_jax.models.tensors import Tensor, unrolled
-from peft_jax.on_disk import Index, OnDisk, aligned, once, whole
+from peft_jax.on_disk import Index, OnDisk, Reader, aligned, once, whole
 from peft_jax.trees import leaves, path_of
 from peft_jax.weights import Leaf
 
@@ -32,11 +32,15 @@ HARMLESS = re.compile(r"rotary_emb\.inv_freq$|(^|\.)attn\.(masked_)?bias$|embedd
 
 
 class Slot(NamedTuple):
-    """Where one layer's matrix of a leaf lies in the source: from column `start` of a tensor, in our layout."""
+    """Where one layer's matrix of a leaf lies in the source: from column `start` of a tensor, in our layout.
+
+    `stem` is the name of its module: what the source calls it, or what `select` calls a part of a tensor.
+    """
 
     source: str
     transpose: bool
     start: int
+    stem: str
 
 
 class Plan(NamedTuple):
@@ -44,11 +48,13 @@ class Plan(NamedTuple):
 
     slots     for each leaf, where its layers' matrices lie
     parts     for each tensor, whether it is transposed, and the leaves it is made of (each with a layer, if stacked)
+    stems     for each tensor, the names of its parts' modules
     shapes    for each tensor, its shape in the source
     """
 
     slots: dict[Path, list[Slot]]
     parts: dict[str, tuple[bool, list[tuple[Path, int | None]]]]
+    stems: dict[str, tuple[str, ...]]
     shapes: dict[str, tuple[int, ...]]
 
 
@@ -58,39 +64,51 @@ def plan(params: Params, tensors: Sequence[Tensor], layers: int, scan: bool) -> 
     Raises:
         ValueError: if the tree lacks a leaf of the table, or the table a leaf of the tree.
     """
-    tree, made = leaves(params), Plan({}, {}, {})
+    tree, made = leaves(params), Plan({}, {}, {}, {})
     for tensor in tensors:
         for layer in range(tensor.layers or layers) if tensor.layered else (0,):
             source, start, parts = tensor.source.format(layer=layer), 0, []
-            for path in tensor.paths:
+            alone = (tensor.source.removesuffix(".weight"),)
+            stems = tuple(name.format(layer=layer) for name in (tensor.names if len(tensor.paths) > 1 else alone))
+            for path, stem in zip(tensor.paths, stems, strict=True):
                 where = unrolled(path, layer) if tensor.layered and not scan else tuple(path.split("/"))
                 if where not in tree:
                     raise ValueError(f"the tree lacks {'/'.join(where)}, which holds {source}")
                 stacked = tensor.layered and scan
                 shape = tuple(tree[where].shape[1:] if stacked else tree[where].shape)
-                made.slots.setdefault(where, []).append(Slot(source, tensor.transpose, start))
+                made.slots.setdefault(where, []).append(Slot(source, tensor.transpose, start, stem))
                 parts.append((where, layer if stacked else None))
                 start += shape[-1]
             shape = (*shape[:-1], start)
-            made.parts[source] = tensor.transpose, parts
+            made.parts[source], made.stems[source] = (tensor.transpose, parts), stems
             made.shapes[source] = shape[::-1] if tensor.transpose else shape
     if strays := tree.keys() - made.slots.keys():
         raise ValueError(f"the leaf {'/'.join(min(strays))} is not part of the source model, so no tensor can hold it")
     return made
 
 
-def locate(reader: Reader, shapes: Mapping[str, tuple[int, ...]], unused: str = "") -> dict[str, str]:
-    """The name under which a checkpoint holds each tensor, after checking that it holds these and nothing else.
+def resolver(names: Collection[str]) -> Callable[[str], str]:
+    """From our name of a tensor or module to the one that a checkpoint has among `names`, or "".
 
     A checkpoint saved from the bare model lacks the first part of the names (``transformer.h.0…`` is ``h.0…``), and one
     saved with a head has it where the bare model does not (``encoder.layer.0…`` is ``bert.encoder.layer.0…``).
     """
-    stored = set(reader.names())
+    stored = set(names)
     inner = {name.partition(".")[2]: name for name in stored}
-    bare = {source: source.partition(".")[2] for source in shapes}
-    options = {source: (source, bare[source], inner.get(source, "")) for source in shapes}
-    found = {source: next((name for name in names if name in stored), "") for source, names in options.items()}
-    found = {source: name for source, name in found.items() if name}
+
+    def resolve(name: str) -> str:
+        options = (name, name.partition(".")[2], inner.get(name, ""))
+        return next((option for option in options if option in stored), "")
+
+    return resolve
+
+
+def locate(
+    reader: Reader, shapes: Mapping[str, tuple[int, ...]], unused: str = "", packed: Packed = EMPTY
+) -> dict[str, str]:
+    """The name under which a checkpoint holds each tensor, after checking that it holds these, `packed`, no other."""
+    stored, resolve = set(reader.names()), resolver(reader.names())
+    found = {source: name for source in shapes if (name := resolve(source))}
     if missing := [source for source in shapes if source not in found]:
         more = f", nor {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(f"{reader.source} does not hold the tensor {missing[0]} {list(shapes[missing[0]])}{more}")
@@ -100,10 +118,11 @@ def locate(reader: Reader, shapes: Mapping[str, tuple[int, ...]], unused: str = 
                 f"{reader.source} holds {name} with shape {list(reader.shape(name))}, "
                 f"and its config asks for {list(shapes[source])}"
             )
-    for name in sorted(stored - set(found.values())):
+    for name in sorted(stored - set(found.values()) - packed.tensors):
         if unused and re.search(unused, name):
             continue
-        if ZERO.search(name) and not np.any(reader.read(name, tuple(slice(0, n) for n in reader.shape(name)))):
+        may_be_zero = ZERO.search(name) or name in packed.zeros
+        if may_be_zero and not np.any(reader.read(name, whole(reader.shape(name)))):
             continue
         if not HARMLESS.search(name) and not (COPY.search(name) and _is_copy(reader, name, found.values())):
             raise ValueError(
@@ -136,6 +155,7 @@ def read_params(
     shardings: Any = None,
     unused: str = "",
     lazy: bool = False,
+    quantised: Any = None,
 ) -> Params:
     """Fills an abstract tree from a checkpoint, each leaf in the dtype that the tree asks for.
 
@@ -146,14 +166,19 @@ def read_params(
         shardings: a sharding, or a tree of them that `abstract` refines; each device then gets only its own slices.
         unused: a pattern of the names that the checkpoint may hold beside: other heads, say.
         lazy: leaves matrices on disk (`peft_jax.on_disk`), and reads vectors, which are small.
+        quantised: the checkpoint's quantization_config: what it keeps in few bits becomes leaves that hold the same.
 
     Raises:
         ValueError: if a tensor is missing, extra or misshapen, with its name, its shapes and the file.
     """
     made = plan(abstract, tensors, layers, scan)
-    names = locate(reader, made.shapes, unused)
+    packed = find(reader, made.slots, leaves(abstract), quantised, resolver) if quantised else EMPTY
+    left = {slot.source for path, slots in made.slots.items() if path not in packed.leaves for slot in slots}
+    names = locate(reader, {name: shape for name, shape in made.shapes.items() if name in left}, unused, packed)
 
     def create(keys: Any, leaf: Any, sharding: Any = None) -> Leaf:
+        if path_of(keys) in packed.leaves:
+            return _unpacked(packed.leaves[path_of(keys)], "/".join(path_of(keys)), sharding)
         slots = [slot._replace(source=names[slot.source]) for slot in made.slots[path_of(keys)]]
         fill = functools.partial(_fill, reader, slots, leaf)
         if lazy and len(reader.shape(slots[0].source)) == 2:
@@ -167,6 +192,15 @@ def read_params(
         return jax.tree_util.tree_map_with_path(create, abstract)
     spread = jax.tree.map(lambda sharding, part: jax.tree.map(lambda _: sharding, part), shardings, abstract)
     return jax.tree_util.tree_map_with_path(create, abstract, spread)
+
+
+def _unpacked(make: Callable[[], Leaf], where: str, sharding: Any) -> Leaf:
+    if sharding is None or sharding.is_fully_replicated:
+        return make() if sharding is None else jax.device_put(make(), sharding)
+    raise ValueError(
+        f"{where} is kept in few bits, whose codes no sharding of the plain array fits: load the checkpoint without "
+        "shardings=, and give pj.place shardings of its own leaves"
+    )
 
 
 def _fill(reader: Reader, slots: Sequence[Slot], leaf: Any, index: Index) -> np.ndarray:

@@ -26,11 +26,14 @@ from peft_jax.core import Forward, Params
 from peft_jax.files import replacing
 from peft_jax.interop import gguf
 from peft_jax.interop.gguf_tokenizer import read_tokenizer
+from peft_jax.models import quantised
 from peft_jax.models.checkpoint import read_params
 from peft_jax.models.families import family
-from peft_jax.models.reader import Reader, open_safetensors, read_json
+from peft_jax.models.reader import open_safetensors, read_json
 from peft_jax.models.writing import write_params
-from peft_jax.trees import ADDED, bare, weights
+from peft_jax.on_disk import OnDisk, Reader
+from peft_jax.quant.frozen import Frozen
+from peft_jax.trees import ADDED, bare, leaves, weights
 from peft_jax.weights import Unfrozen
 
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "spm.model")
@@ -50,7 +53,7 @@ TOKENIZERS = ("tokenizer.json", *SENTENCEPIECE, "tokenizer_config.json", "vocab.
 class Model:
     """A language model.
 
-    params      its parameter tree, plain arrays
+    params      its parameter tree: plain arrays, or what the source keeps in few bits as such leaves
     forward     its pure forward function: ``forward(params, tokens) -> logits``
     config      its transformers config
     tokenizer   its transformers tokenizer, or None
@@ -164,17 +167,19 @@ def load(
     key = jax.random.key(0) if key is None else key
     abstract, layers = jax.eval_shape(init, key), found.config.num_hidden_layers
     tensors = module.tensors(found.config, head) if module.HEADS else module.tensors(found.config)
+    fields = getattr(found.config, "quantization_config", None)
+    fields = quantised.check(fields, str(path)) if fields else None
     new = [t for t in tensors if head is not None and t.source.startswith(NEW)]
     if new and not any(t.source in found.reader.names() for t in new):
         tensors = tuple(t for t in tensors if t not in new)
         tops = {t.paths[0].split("/")[0] for t in new}
         rest = {name: part for name, part in abstract.items() if name not in tops}
-        params = read_params(found.reader, tensors, rest, layers, scan, shardings, module.UNUSED, lazy)
+        params = read_params(found.reader, tensors, rest, layers, scan, shardings, module.UNUSED, lazy, fields)
         fresh = jax.jit(lambda key: {name: init(key)[name] for name in tops})(key)
         params |= jax.tree.map(lambda x: Unfrozen(x, jnp.copy(x), name="head"), fresh)
         forward = bare(forward, "head")
     else:
-        params = read_params(found.reader, tensors, abstract, layers, scan, shardings, module.UNUSED, lazy)
+        params = read_params(found.reader, tensors, abstract, layers, scan, shardings, module.UNUSED, lazy, fields)
     return Model(params, forward, found.config, found.tokenizer, found.generation, head)
 
 
@@ -207,8 +212,7 @@ def _config(folder: File) -> Any:
         raise ValueError(f"{file} does not name a model_type")
     family(fields["model_type"])
     if "quantization_config" in fields:
-        method = fields["quantization_config"].get("quant_method", "?")
-        raise ValueError(f"{folder} holds weights quantised by {method}: load the original model, and quantise it here")
+        quantised.check(fields["quantization_config"], str(folder))
     return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
 
 
@@ -254,6 +258,9 @@ def save(
 ) -> None:
     """Writes a directory that transformers loads: safetensors, config, generation config and tokenizer.
 
+    Leaves stored in few bits are saved as they are: in bitsandbytes' or GPTQ's format where that loses nothing and all
+    are alike, or else in our own, which `load` alone reads (`peft_jax.models.quantised`).
+
     The directory appears whole or not at all: it is written beside its place, then renamed; a saved model that was
     there is replaced.
 
@@ -264,11 +271,11 @@ def save(
         shard_bytes: the largest file, unless a single tensor is larger.
 
     Raises:
-        ValueError: if the tree holds typed leaves (merge them first), or is not a tree of this model.
+        ValueError: if the tree holds adapters (merge them first), or is not a tree of this model.
         FileExistsError: if the directory holds anything that is not part of a saved model.
     """
     params = model.params if params is None else params
-    if typed := weights(params):
+    if typed := [w for w in weights(params) if not isinstance(w, Frozen | OnDisk)]:
         raise ValueError(
             f"the tree holds {type(typed[0]).__name__} leaves: merge them first, save(…, pj.merge(params))"
         )
@@ -284,11 +291,15 @@ def save(
 def _write(folder: File, model: Model, params: Params, shard_bytes: int) -> None:
     config = copy.deepcopy(model.config)
     config.architectures = [_architecture(config, model.head)]
-    config.dtype = str(jax.tree.leaves(params)[0].dtype)
+    plain = [leaf for leaf in leaves(params).values() if not isinstance(leaf, Frozen)]
+    config.dtype = str(plain[0].dtype)
     scan = not any(name.startswith("layers_") for name in _names(params))
     module = family(config.model_type)
     tensors = module.tensors(config, model.head) if module.HEADS else module.tensors(config)
-    write_params(folder, params, tensors, config.num_hidden_layers, scan, shard_bytes=shard_bytes)
+    fields = write_params(folder, params, tensors, config.num_hidden_layers, scan, shard_bytes=shard_bytes)
+    config.__dict__.pop("quantization_config", None)
+    if fields:
+        config.quantization_config = fields
     config.save_pretrained(folder)
     if model.generation is not None:
         model.generation.save_pretrained(folder)

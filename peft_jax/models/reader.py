@@ -1,29 +1,14 @@
-"""What a checkpoint is read from: a `Reader` of its tensors by name, and the one of safetensors."""
+"""The `Reader` of safetensors."""
 
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path as File
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from peft_jax.on_disk import Index
-
-
-@runtime_checkable
-class Reader(Protocol):
-    """A checkpoint whose tensors can be read by their Hugging Face names, a region at a time."""
-
-    @property
-    def source(self) -> str:
-        """The file or folder, for messages."""
-
-    def names(self) -> Collection[str]: ...
-
-    def shape(self, name: str) -> tuple[int, ...]: ...
-
-    def read(self, name: str, index: Index) -> np.ndarray: ...
 
 
 class SafeTensors(NamedTuple):
