@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 
+from peft_jax import trees
 from peft_jax.core import Forward, Params
 from peft_jax.files import replacing
 from peft_jax.interop import gguf
@@ -33,7 +34,7 @@ from peft_jax.models.reader import open_safetensors, read_json
 from peft_jax.models.writing import write_params
 from peft_jax.on_disk import OnDisk, Reader
 from peft_jax.quant.frozen import Frozen
-from peft_jax.trees import ADDED, bare, leaves, weights
+from peft_jax.trees import ADDED, leaves, weights
 from peft_jax.weights import Unfrozen
 
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "spm.model")
@@ -177,7 +178,7 @@ def load(
         params = read_params(found.reader, tensors, rest, layers, scan, shardings, module.UNUSED, lazy, fields)
         fresh = jax.jit(lambda key: {name: init(key)[name] for name in tops})(key)
         params |= jax.tree.map(lambda x: Unfrozen(x, jnp.copy(x), name="head"), fresh)
-        forward = bare(forward, "head")
+        forward = trees.bare(forward, "head")
     else:
         params = read_params(found.reader, tensors, abstract, layers, scan, shardings, module.UNUSED, lazy, fields)
     return Model(params, forward, found.config, found.tokenizer, found.generation, head)
@@ -296,7 +297,8 @@ def _write(folder: File, model: Model, params: Params, shard_bytes: int) -> None
     scan = not any(name.startswith("layers_") for name in _names(params))
     module = family(config.model_type)
     tensors = module.tensors(config, model.head) if module.HEADS else module.tensors(config)
-    fields = write_params(folder, params, tensors, config.num_hidden_layers, scan, shard_bytes=shard_bytes)
+    layers, bare = config.num_hidden_layers, bool(module.HEADS) and model.head is None
+    fields = write_params(folder, params, tensors, layers, scan, shard_bytes=shard_bytes, bare=bare)
     config.__dict__.pop("quantization_config", None)
     if fields:
         config.quantization_config = fields

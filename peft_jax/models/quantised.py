@@ -158,7 +158,7 @@ def _read(reader: Reader, matrix: Matrix, fields: Mapping[str, Any]) -> Leaf:
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
-def choose(made: Any, tree: Mapping[Path, Leaf]) -> dict[str, Any] | None:
+def choose(made: Any, tree: Mapping[Path, Leaf], bare: bool = False) -> dict[str, Any] | None:
     """The quantization_config to save a tree under: bitsandbytes' or GPTQ's where that loses nothing, or else ours.
 
     None where nothing is stored in few bits.
@@ -166,6 +166,8 @@ def choose(made: Any, tree: Mapping[Path, Leaf]) -> dict[str, Any] | None:
     Args:
         made: the tree's plan (`peft_jax.models.checkpoint.Plan`).
         tree: its leaves.
+        bare: whether transformers will load it as a model without a head, whose modules lack the first part of their
+            names, and to which it adds a pooler.
 
     Raises:
         ValueError: if some parts of a fused tensor are stored in few bits and others not.
@@ -188,6 +190,8 @@ def choose(made: Any, tree: Mapping[Path, Leaf]) -> dict[str, Any] | None:
         return None
     leaves, dtype = list(packed.values()), next(str(x.dtype) for x in tree.values() if not isinstance(x, Frozen))
     head = set() if "lm_head" in stems else {"lm_head"}
+    if bare:
+        plain |= {name.partition(".")[2] for name in plain if "." in name} | {"pooler"}
     theirs = bitsandbytes.config(leaves, plain | head, dtype) or gptq.config(leaves, stems, plain) if linear else None
     return theirs or OURS
 

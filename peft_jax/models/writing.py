@@ -27,14 +27,16 @@ def write_params(
     scan: bool = True,
     *,
     shard_bytes: int = 2_000_000_000,
+    bare: bool = False,
 ) -> dict[str, Any] | None:
     """Writes a tree as safetensors under its Hugging Face names, in shards of at most `shard_bytes`.
 
     Gives the quantization_config of what is stored in few bits (`peft_jax.models.quantised`), None where nothing is.
-    One shard is held in memory at a time.  A tensor larger than `shard_bytes` gets a shard of its own.
+    One shard is held in memory at a time.  A tensor larger than `shard_bytes` gets a shard of its own.  `bare` as in
+    `peft_jax.models.quantised.choose`.
     """
     made, tree = plan(params, tensors, layers, scan), leaves(params)
-    config = quantised.choose(made, tree)
+    config = quantised.choose(made, tree, bare)
 
     def size(source: str) -> int:
         found = [tree[path] for path, _ in made.parts[source][1]]
