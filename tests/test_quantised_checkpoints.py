@@ -321,6 +321,10 @@ def test_fused_tensors_are_saved_in_parts(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"c_attn.weight is one tensor, and .*c_attn.k is not in few bits"):
         models.save(tmp_path / "some", model, some)
     assert [file.name for file in tmp_path.iterdir()] == ["gpt2"]
+    models.save(tmp_path / "plain", model)
+    quantised_by_them(tmp_path / "plain", tmp_path / "theirs", load_in_4bit=True)
+    with pytest.raises(ValueError, match=r"keeps transformer.h.0.attn.c_attn, of which .*c_attn.q is a part, as one"):
+        models.load(tmp_path / "theirs")
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from peft_jax.on_disk import Reader, stacked
 from peft_jax.quant.frozen import Frozen
 from peft_jax.quant.grouped import GroupedInt
 from peft_jax.quant.int8 import Int8
+from peft_jax.quant.nf4 import FourBit
 from peft_jax.weights import Leaf
 
 FORMAT = 1
@@ -87,13 +88,19 @@ def find(
         resolver: `peft_jax.models.checkpoint.resolver`.
 
     Raises:
-        ValueError: if some layers of a stacked leaf are kept in few bits and others not.
+        ValueError: if some layers of a stacked leaf are kept in few bits and others not, or a fused tensor is.
     """
     names = reader.names()
     held = {stem for name in names if (stem := _stem(name, names, fields["quant_method"]))}
     resolve, found, taken, zeros = resolver(held), dict[Path, Callable[[], Leaf]](), set[str](), set[str]()
     for path, parts in slots.items():
         stems = [resolve(slot.stem) for slot in parts]
+        one = parts[0].source.removesuffix(".weight")
+        if one != parts[0].stem and resolve(one):
+            raise ValueError(
+                f"{reader.source} keeps {one}, of which {parts[0].stem} is a part, as one matrix in few bits, which no "
+                "leaf can: load the original model, and quantise it here"
+            )
         if path[-1] not in ("kernel", "embedding") or not any(stems):
             continue
         if not all(stems):
@@ -181,6 +188,8 @@ def choose(made: Any, tree: Mapping[Path, Leaf], bare: bool = False) -> dict[str
                 f"{source} is one tensor, and {one} is not in few bits as its other parts are: quantise all"
             )
         if all(kinds):
+            if unknown := [tree[path] for path, _ in parts if not isinstance(tree[path], FourBit | Int8 | GroupedInt)]:
+                raise ValueError(f"{source} is stored as {type(unknown[0]).__name__}, for which no file has a format")
             packed |= {path: tree[path] for path, _ in parts}
             linear &= transpose and len(parts) == 1
             stems |= set(made.stems[source])
