@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+import zoo
 from checks import close, same
 from safetensors.numpy import load_file, save_file
 
@@ -309,6 +310,18 @@ def test_what_no_other_format_holds_is_saved_in_ours(scan: bool, plain: Path, tm
         assert same(models.load(tmp_path / "peft_jax").params, moved)
         read, down = jax.jit(pj.materialise), (1, "mlp.down_proj")
         assert same(read(ours(models.load(tmp_path / "gptq").params, *down)), read(ours(whole, *down)))
+
+
+def test_a_merged_qalora_is_saved_in_gptqs_format_where_that_is_lossless(plain: Path, tmp_path: Path) -> None:
+    write_gptq(plain, tmp_path / "base", 4, 32, "gptq_v2")
+    model = models.load(tmp_path / "base")
+    params, _ = methods.qalora(2, 4, "o_proj", group_size=32)(jax.random.key(0), model.params, model.forward)
+    for tree, method in ((params, "gptq"), (zoo.disturbed(params), "peft_jax")):
+        merged = pj.merge(tree)
+        models.save(tmp_path / method, model, merged)
+        config = json.loads((tmp_path / method / "config.json").read_text())["quantization_config"]
+        assert config["quant_method"] == method
+        assert same(models.load(tmp_path / method).params, merged)
 
 
 def test_fused_tensors_are_saved_in_parts(tmp_path: Path) -> None:
