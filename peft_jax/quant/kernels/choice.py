@@ -26,7 +26,7 @@ def use_kernels(params: Params, implementation: str = "triton") -> Params:
     """The same tree, whose NF4, FP4 and grouped-integer leaves are multiplied by another implementation.
 
     Args:
-        params: of any method; adapters stay where they are.
+        params: of any method, whole (before `pj.partition`); adapters stay where they are.
         implementation: 'xla', 'tiled', 'triton' or 'interpret' (see `peft_jax.quant.kernels`).  An 8-bit leaf
             (`quant.int8`) has no kernel and is left as it is.
 
@@ -59,7 +59,7 @@ def use_kernels(params: Params, implementation: str = "triton") -> Params:
     return chosen
 
 
-def times(x: Float[Array, "... k"], w: Frozen, transpose: bool) -> Float[Array, "... n"]:
+def times(x: Array, w: Frozen, transpose: bool) -> Array:
     """``x W``, or ``x Wᵀ``, as the leaf says; without a backward rule, which `frozen` has."""
     if w.implementation in ("xla", "tiled"):
         return (xla.whole if w.implementation == "xla" else xla.tiled)(x, w, transpose)

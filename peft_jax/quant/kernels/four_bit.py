@@ -44,6 +44,16 @@ class Blocks(NamedTuple):
 BLOCKS = Blocks()
 
 
+class _Static(NamedTuple):
+    kind: str
+    block_size: int
+    stored: str
+
+
+def _static(w: FourBit) -> _Static:
+    return _Static(w.kind, w.block_size, w.stored)
+
+
 def refuse(w: FourBit) -> str | None:
     """Why no kernel takes this leaf."""
     size = w.block_size
@@ -86,7 +96,7 @@ def _operands(w: FourBit) -> list[Array]:
 # -- dequantise -------------------------------------------------------------------------------------------------------
 
 
-def _dequantise(codes: Any, flag: Any, table: Any, *rest: Any, w: FourBit, blocks: int, how: str, tile: int) -> None:
+def _dequantise(codes: Any, flag: Any, table: Any, *rest: Any, w: _Static, blocks: int, how: str, tile: int) -> None:
     *absmax, out = rest
     rows = jnp.minimum(pl.program_id(0) * tile + jnp.arange(tile), blocks - 1)
     half = w.block_size // 2
@@ -115,16 +125,6 @@ def dequantise(w: FourBit, flag: Array | None = None, *, interpret: bool = False
         name="dequantise_four_bit",
     )(codes, flag, jnp.asarray(CODES[w.kind]), *_operands(w))
     return values.reshape(-1)[: math.prod(stored)].reshape(stored)
-
-
-class _Static(NamedTuple):
-    kind: str
-    block_size: int
-    stored: str
-
-
-def _static(w: FourBit) -> Any:
-    return _Static(w.kind, w.block_size, w.stored)
 
 
 # -- few rows ---------------------------------------------------------------------------------------------------------
