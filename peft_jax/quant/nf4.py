@@ -155,13 +155,17 @@ def _turned(w: FourBit) -> Array:
     if outputs <= TURNED:
         return w.rows().T
     scales = w.scales()
+    # Bits, not numbers: where a processor has no bf16, the whole array would be widened and narrowed at every turn.
+    bits = jnp.dtype(f"uint{8 * jnp.dtype(w.stored).itemsize}")
 
     def turn(i: Array, whole: Array) -> Array:
         first = jnp.minimum(i * TURNED, outputs - TURNED)
         codes, scale = (jax.lax.dynamic_slice_in_dim(a, first, TURNED) for a in (w.codes, scales))
-        return jax.lax.dynamic_update_slice(whole, w._rows(codes, scale).T, (0, first))
+        rows = jax.lax.bitcast_convert_type(w._rows(codes, scale), bits)
+        return jax.lax.dynamic_update_slice(whole, rows.T, (0, first))
 
-    return jax.lax.fori_loop(0, -(-outputs // TURNED), turn, jnp.zeros(w.matrix, w.stored))
+    turned = jax.lax.fori_loop(0, -(-outputs // TURNED), turn, jnp.zeros(w.matrix, bits))
+    return jax.lax.bitcast_convert_type(turned, w.stored)
 
 
 class Format(NamedTuple):
