@@ -389,12 +389,19 @@ def merge(params: Params) -> Params:
     the exact way back.
 
     Raises:
-        ValueError: if the tree holds a port's entry (a prompt, a prefix): no weight can stand for it.
+        ValueError: if the tree holds a port's entry (a prompt, a prefix): no weight can stand for it; on an adapter
+            that its base cannot take in, with the path.
     """
     for name in params.get("ports", ()) if isinstance(params, Mapping) else ():
         raise ValueError(f"ports/{name} acts beside the weights and cannot be merged into them: keep the adapter")
-    adapted = lambda leaf: is_weight(leaf) and hasattr(leaf, "base")  # noqa: E731
-    merged = map_leaves(lambda path, leaf: _merged(leaf) if adapted(leaf) else leaf, share(params))
+
+    def each(path: Path, leaf: Leaf) -> Leaf:
+        try:
+            return _merged(leaf) if is_weight(leaf) and hasattr(leaf, "base") else leaf
+        except ValueError as error:
+            raise ValueError(f"{'/'.join(path)}: {error}") from None
+
+    merged = map_leaves(each, share(params))
     return {k: v for k, v in merged.items() if k not in ADDED} if isinstance(merged, Mapping) else merged
 
 
