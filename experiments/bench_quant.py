@@ -2,11 +2,11 @@
 
     python -m experiments.bench_quant [--rounds 9] [--size 4096]
 
-A square NF4 kernel with blocks of 64 and double quantisation, the same codes on both sides; fp32 and bf16 inputs of 1 to
-256 rows.  Both libraries run in one process, all sides of a row in turn in each round, so that a noisy machine is noisy
-for all; medians are printed, and the ratio to bitsandbytes' time.  ``stored`` is the weight as bitsandbytes gives it,
-[out, in]; ``[in, out]`` the same turned over, which only a merge needs.  `dense` is the product with a plain weight: no
-quantised product that dequantises first can be faster.  The result is kept in experiments/results/bench_quant.json.
+A square NF4 kernel with blocks of 64 and double quantisation, of the same weight on both sides; fp32 and bf16 inputs of
+1 to 256 rows.  Both libraries run in one process, all sides of a row in turn in each round, so that a noisy machine is
+noisy for all; medians are printed, and the ratio to bitsandbytes' time.  ``stored`` is the weight as bitsandbytes gives
+it, [out, in]; ``[in, out]`` the same turned over, which only a merge needs.  ``dense`` is the product with a plain
+weight: no product that dequantises first can be faster.  The result is kept in experiments/results/bench_quant.json.
 """
 
 import argparse
