@@ -15,6 +15,7 @@ cache holds, so that neither the cache nor the launch of a program is what is me
 """
 
 import argparse
+import functools
 import json
 import statistics
 import subprocess
@@ -31,7 +32,7 @@ import numpy as np
 import peft_jax as pj
 from experiments import provenance
 from peft_jax import quant
-from peft_jax.quant.kernels import four_bit, grouped_int, xla
+from peft_jax.quant.kernels import four_bit, grouped_int, mosaic, xla
 from peft_jax.quant.nf4 import FourBit
 
 RESULT = Path(__file__).parent / "results" / "bench_kernels.json"
@@ -125,13 +126,14 @@ def dequantising(name: str, plan: Plan, ceiling: dict[str, float]) -> list[dict[
     moved = stored_bytes(leaves[0]) + 2 * plan.inputs * plan.outputs
     expected = jax.jit(xla.as_stored)(leaves[0])
     rows = []
-    for tiling in [None, *tilings[: plan.tiles]]:
-
-        def fn(leaf: Any, tiling: Any = tiling) -> Any:
-            return module.dequantise(leaf, interpret=plan.interpret, blocks=tiling) if tiling else xla.as_stored(leaf)
-
+    sides: dict[str, Any] = {"xla": xla.as_stored}
+    for tiling in tilings[: plan.tiles]:
+        sides[str(tiling)] = functools.partial(module.dequantise, interpret=plan.interpret, blocks=tiling)
+    if module is grouped_int and mosaic.refuse(leaves[0]) is None and not plan.interpret:
+        sides |= {f"mosaic, tile={n}": functools.partial(mosaic.dequantise, tile=n) for n in (256, 512, 1024)}
+    for by, fn in sides.items():
         took = seconds(fn, (), leaves, plan)
-        row = {"what": f"dequantise {name}", "by": str(tiling or "xla"), "seconds": took}
+        row = {"what": f"dequantise {name}", "by": by, "seconds": took}
         exact = bool((jax.jit(fn)(leaves[0]) == expected).all())
         rows.append(row | {"exact": exact, "of_copy": moved / took / ceiling["copy_bytes_per_second"]})
     return rows

@@ -9,8 +9,6 @@ import torch
 
 from experiments import bench_kernels, bench_kernels_model, bench_quant
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 def test_sides_beside_bitsandbytes_agree() -> None:
     for rows in (0, 3):
@@ -36,6 +34,13 @@ def test_kernels_are_measured_at_a_toy_size(monkeypatch: pytest.MonkeyPatch) -> 
     assert sum(line.startswith("| 8 rows") for line in lines) == 4
 
 
+def test_without_a_gpu_it_says_so() -> None:
+    assert jax.default_backend() == "cpu"
+    with pytest.raises(SystemExit, match="for an NVIDIA GPU, and JAX runs on 'cpu' here: install jax"):
+        bench_kernels.require_gpu()
+
+
+@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("name", ["qalora-xla", "write-merged-int4-xla"])
 def test_a_model_is_measured_at_a_toy_size(name: str) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
@@ -44,9 +49,3 @@ def test_a_model_is_measured_at_a_toy_size(name: str) -> None:
     assert found["tokens_per_second"] > 0
     if not name.startswith("write"):
         assert found["losses"][-1] < found["losses"][0]
-
-
-def test_without_a_gpu_it_says_so() -> None:
-    assert jax.default_backend() == "cpu"
-    with pytest.raises(SystemExit, match="for an NVIDIA GPU, and JAX runs on 'cpu' here: install jax"):
-        bench_kernels.require_gpu()

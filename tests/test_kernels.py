@@ -1,6 +1,7 @@
 """Kernels of quantised leaves: interpreted on the CPU against numpy and the reference, and lowered for CUDA."""
 
 import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -9,12 +10,13 @@ import numpy as np
 import pytest
 import zoo
 from checks import close
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # not public in this JAX
 
 import peft_jax as pj
 from peft_jax import methods, quant
 from peft_jax.quant import kernels
 from peft_jax.quant.grouped import GroupedInt
-from peft_jax.quant.kernels import four_bit, grouped_int
+from peft_jax.quant.kernels import four_bit, grouped_int, mosaic
 
 RANDOM = np.random.RandomState(0)
 ROUNDING = {"float32": 2e-6, "bfloat16": 6e-3, "float16": 1e-3}  # of a product: operands and result, against fp64
@@ -73,6 +75,15 @@ def test_dequantised_bit_for_bit(form: Any, inputs: int, outputs: int, dtype: st
         found = found.T if module is four_bit else found
         np.testing.assert_array_equal(found.astype(jnp.float32), expected.astype(jnp.float32))
     assert triton_calls(module.dequantise, leaf) == 1
+
+
+def test_dequantised_by_mosaic() -> None:
+    leaf = leaf_of(quant.grouped(4, 32), 64, 256, "bfloat16")
+    found = jax.jit(lambda w: mosaic.dequantise(w, interpret=InterpretGPUParams()))(leaf)
+    np.testing.assert_array_equal(found.astype(jnp.float32), jax.jit(pj.materialise)(leaf).astype(jnp.float32))
+    assert "@mosaic_gpu" in jax.jit(mosaic.dequantise).trace(leaf).lower(lowering_platforms=("cuda",)).as_text()
+    with pytest.raises(ValueError, match="groups of 32 codes of 3 bits, which fill no whole words: use 'triton'"):
+        mosaic.dequantise(leaf_of(quant.grouped(3, 32), 64, 256))
 
 
 FUSED = [
@@ -156,6 +167,18 @@ def test_group_sums_are_shared() -> None:
     doubled = kernels.grouped_matmul(x, leaf, 2 * kernels.group_sums(x, 16))
     offset = kernels.group_sums(x, 16) @ (leaf.step * leaf.zero)
     close(doubled, pj.linear(x, leaf) - offset, rtol=1e-3, atol=1e-3)
+
+
+def test_qalora_adds_its_inputs_up_once() -> None:
+    base = quant.use_kernels({"w": leaf_of(quant.grouped(4, 16), 48, 40)}, "interpret")["w"]
+    adapter = methods.qalora(2, 4, "q_proj", group_size=16)
+    params, forward = adapter(zoo.KEY, {"q_proj": {"kernel": base}}, projection())
+    compiled = jax.jit(forward).lower(params, array(5, 48)).compile().as_text()
+    assert len(re.findall(r"f32\[5,3\]\S* reduce\(", compiled)) == 1
+
+
+def projection() -> pj.Forward:
+    return pj.Forward(lambda params, inputs, ports: pj.linear(inputs.tokens, params["q_proj"]["kernel"]))
 
 
 def test_a_scanned_model_trains_by_kernels() -> None:
