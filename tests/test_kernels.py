@@ -147,6 +147,10 @@ def test_tiles() -> None:
         assert error(jax.jit(pj.unembed)(x, leaf), np.asarray(x, np.float64) @ w.T) < 2e-6
         if isinstance(leaf, GroupedInt):
             continue
+        half = x.astype(jnp.bfloat16)
+        found = jax.jit(pj.linear)(half, leaf)
+        assert found.dtype == half.dtype
+        assert error(found, np.asarray(half.astype(jnp.float32), np.float64) @ w) < ROUNDING["bfloat16"]
         analysis = jax.jit(pj.linear).lower(x, leaf).compile().memory_analysis()
         assert analysis is not None
         assert analysis.temp_size_in_bytes < 4 * w.size / 1.5  # a whole weight would be 4 bytes a number
