@@ -5,7 +5,8 @@
 
 from peft_jax.quant.grouped import grouped
 from peft_jax.quant.int8 import int8
+from peft_jax.quant.kernels import use_kernels
 from peft_jax.quant.method import dequantise, quantise
 from peft_jax.quant.nf4 import fp4, nf4
 
-__all__ = ["dequantise", "fp4", "grouped", "int8", "nf4", "quantise"]
+__all__ = ["dequantise", "fp4", "grouped", "int8", "nf4", "quantise", "use_kernels"]
