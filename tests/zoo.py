@@ -167,7 +167,7 @@ class Row(NamedTuple):
     method      ``(key, params, forward) -> (params, forward)``
     trains      how many numbers train, by the paper's formula
     optimiser   () -> the optimiser that belongs to the method
-    stores      the part of the method that stores the base in few bits: what `strip` gives back, and adapters start from
+    stores      the part of the method that stores the base in few bits: what `strip` gives back
     keeps       how many numbers it keeps beside Adam's two for each that trains
     Where a law does not hold, the row says why; an empty reason means that it does:
     changes     the output is not the base's at the start
