@@ -68,6 +68,15 @@ def dequantise(params: Params) -> Params:
 def _store(format: Format, site: Site | None, leaf: Leaf, name: str) -> Leaf:
     if site is None:
         return leaf
+    check(site, leaf, name)
+    try:
+        return rebase(leaf, lambda base: format.quantise(base, transposed=not site.embedding))
+    except ValueError as error:
+        raise ValueError(f"{'/'.join(site.path)}: {error}") from None
+
+
+def check(site: Site, leaf: Leaf, name: str) -> None:
+    """Raises on a leaf that cannot be stored in few bits as a whole."""
     where = "/".join(site.path)
     if not all(site.chosen):
         missed = next(n for n, hit in zip(site.names, site.chosen, strict=True) if not hit)
@@ -79,7 +88,3 @@ def _store(format: Format, site: Site | None, leaf: Leaf, name: str) -> Leaf:
         raise TypeError(f"{where} trains whole and cannot be stored in few bits: leave it out of select")
     if is_weight(innermost(leaf)):
         raise ValueError(f"{where} is stored as {type(innermost(leaf)).__name__} already")
-    try:
-        return rebase(leaf, lambda base: format.quantise(base, transposed=not site.embedding))
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None

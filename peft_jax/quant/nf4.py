@@ -104,6 +104,11 @@ class FourBit(Frozen):
         product = jnp.maximum(jnp.asarray(DYNAMIC)[flat] * wide, jnp.finfo(jnp.float32).min)
         return (product + offset).reshape(codes.shape)
 
+    def like(self, array: Array) -> "FourBit":
+        """Another array, stored as this one is."""
+        form = Format(self.kind, self.block_size, isinstance(self.absmax, Nested))
+        return form.quantise(array, transposed=self.transposed)
+
     def dequantise(self) -> Array:
         """The array of one layer, in the weight's dtype."""
         values = self._rows(self.codes, self.scales()).reshape(-1)[: math.prod(self.matrix)]
