@@ -42,6 +42,7 @@ TABLES = (
     "prompt_ablation",
     "prefix_ablation",
     "p_tuning_v2_tasks",
+    "qlora_formats",
 )
 RESULTS = Path(__file__).parent / "results"
 KINDS = ("train", "evaluate")  # of work

@@ -45,6 +45,10 @@ class GroupedInt(Frozen):
     group_size: int = static(default=32)
     implementation: str = static(default="xla")
 
+    def like(self, array: Array) -> "GroupedInt":
+        """Another array, stored as this one is."""
+        return Format(self.bits, self.group_size, self.step.dtype).quantise(array)
+
     def dequantise(self) -> Array:
         """The array ``[in, out]`` of one layer, in the weight's dtype."""
         inputs, outputs = self.matrix
@@ -81,7 +85,7 @@ class Format(NamedTuple):
                 "divides them, or leave this leaf out of select"
             )
         codes, step, zero = each_layer(_quantise, array, self)
-        refuse_unfinite(step)
+        refuse_unfinite((step, zero))
         return GroupedInt(codes, step, zero, tuple(array.shape[-2:]), str(array.dtype), self.bits, self.group_size)
 
 

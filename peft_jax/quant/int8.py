@@ -34,6 +34,10 @@ class Int8(Frozen):
     def matrix(self) -> tuple[int, ...]:
         return tuple(self.codes.shape[-2:])
 
+    def like(self, array: Array) -> "Int8":
+        """Another array, stored as this one is."""
+        return Format().quantise(array, transposed=self.transposed)
+
     def dequantise(self) -> Array:
         """The array of one layer, in the weight's dtype."""
         scale = self.absmax / 127

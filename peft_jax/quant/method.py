@@ -82,6 +82,20 @@ def dequantise(params: Params) -> Params:
 def _store(format: Format, site: Site | None, leaf: Leaf, name: str, bar: Any) -> Leaf:
     if site is None:
         return leaf
+    check(site, leaf, name)
+    base = innermost(leaf)
+    try:
+        if is_on_disk(base):
+            packed = _stream(format, base, not site.embedding, bar)
+        else:
+            packed = format.quantise(base, transposed=not site.embedding)
+    except ValueError as error:
+        raise ValueError(f"{'/'.join(site.path)}{_unfinite(site, base)}: {error}") from None
+    return rebase(leaf, lambda _: packed)
+
+
+def check(site: Site, leaf: Leaf, name: str) -> None:
+    """Raises on a leaf that cannot be stored in few bits as a whole."""
     where = "/".join(site.path)
     if not all(site.chosen):
         missed = next(n for n, hit in zip(site.names, site.chosen, strict=True) if not hit)
@@ -94,14 +108,6 @@ def _store(format: Format, site: Site | None, leaf: Leaf, name: str, bar: Any) -
     base = innermost(leaf)
     if is_weight(base) and not is_on_disk(base):
         raise ValueError(f"{where} is stored as {type(base).__name__} already")
-    try:
-        if is_on_disk(base):
-            packed = _stream(format, base, not site.embedding, bar)
-        else:
-            packed = format.quantise(base, transposed=not site.embedding)
-    except ValueError as error:
-        raise ValueError(f"{where}{_unfinite(site, base)}: {error}") from None
-    return rebase(leaf, lambda _: packed)
 
 
 def _stream(format: Format, base: OnDisk, transposed: bool, bar: Any) -> Leaf:

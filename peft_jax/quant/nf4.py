@@ -110,6 +110,11 @@ class FourBit(Frozen):
         stored = self.matrix[::-1] if self.transposed else self.matrix
         return values.reshape(-1)[: math.prod(stored)].reshape(stored)
 
+    def like(self, array: Array) -> "FourBit":
+        """Another array, stored as this one is."""
+        form = Format(self.kind, self.block_size, isinstance(self.absmax, Nested))
+        return form.quantise(array, transposed=self.transposed)
+
     def dequantise(self) -> Array:
         """The array of one layer, in the weight's dtype."""
         return _turned(self) if self.transposed else self.rows()
