@@ -4,10 +4,10 @@
     params = adapters.use(params, "de")                       # one for all rows; nothing recompiles
     forward(params, tokens, pj.Ports(adapter=jnp.array([0, 1, -1])))   # one a row; -1 is the base alone
 
-The adapters must be LoRA leaves on the same base; a DyLoRA counts as the LoRA that it is at its rank in use.  Their
-ranks, scales and target modules may differ: an adapter that leaves a module alone has rank 0 there.  Prompts and
-prefixes stack too, where all have them, under one name and of one length: one batch then mixes tasks whose prefixes are
-stored side by side.
+The adapters must be LoRA leaves on the same base, quantised or not; a DyLoRA counts as the LoRA that it is at its rank
+in use.  Their ranks, scales and target modules may differ: an adapter that leaves a module alone has rank 0 there.
+Prompts and prefixes stack too, where all have them, under one name and of one length: one batch then mixes tasks whose
+prefixes are stored side by side.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from peft_jax.methods.dylora import DyLoRA, shorten
 from peft_jax.methods.lora import LoRA
 from peft_jax.methods.prefix_tuning import Reparametrised
 from peft_jax.ports import Stored
-from peft_jax.weights import Leaf, Weight, is_weight, static
+from peft_jax.weights import Leaf, Weight, innermost, is_weight, static
 
 
 @jax.tree_util.register_dataclass
@@ -100,13 +100,14 @@ def stack(adapted: Mapping[str, Params], forward: Forward, *, name: str = "adapt
     def each(path: Path, leaf: Leaf) -> Leaf:
         mine = {key: shorten(w) if isinstance(w := found[path], DyLoRA) else w for key, found in flat.items()}
         for key, w in mine.items():
-            if is_weight(w) and not (isinstance(w, LoRA) and not is_weight(w.base)):
+            base = w.base if isinstance(w, LoRA) else w
+            if hasattr(base, "base"):
                 raise ValueError(
                     f"adapter {key!r} has {type(w).__name__} at {'/'.join(path)}: only LoRA can be stacked"
                 )
-            if w.shape != leaf.shape:
-                raise ValueError(f"adapter {key!r} is on another base: {'/'.join(path)} is {w.shape}, not {leaf.shape}")
-        if not any(is_weight(w) for w in mine.values()):
+            if (kind := _kind(base)) != (like := _kind(innermost(leaf))):
+                raise ValueError(f"adapter {key!r} is on another base: {'/'.join(path)} is {kind}, not {like}")
+        if not any(isinstance(w, LoRA) for w in mine.values()):
             return leaf
         return _group(list(mine.values()), tuple(mine), name)
 
@@ -125,6 +126,10 @@ def stack(adapted: Mapping[str, Params], forward: Forward, *, name: str = "adapt
     if any(tree.get("ports") for tree in adapted.values() if isinstance(tree, Mapping)):
         params |= {"ports": _stored({key: tree.get("ports", {}) for key, tree in adapted.items()}, name)}
     return params, forward.rewritten(wrap)
+
+
+def _kind(base: Leaf) -> str:
+    return f"{type(base).__name__ if is_weight(base) else 'an array'} of {tuple(base.shape)}"
 
 
 def _stored(entries: Mapping[str, Any], name: str) -> Params:

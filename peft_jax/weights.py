@@ -73,7 +73,7 @@ class Weight:
         return unembed(x, self.materialise())
 
     def merged(self) -> Leaf:
-        """What `pj.merge` leaves in an adapter's place: the array, but where a base can take the adapter in as it is."""
+        """What `pj.merge` leaves in an adapter's place: its array, unless its base can take it in and stay as it is."""
         return self.materialise()
 
     def trained_size(self) -> int:

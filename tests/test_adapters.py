@@ -177,7 +177,8 @@ def test_errors_name_the_adapter_and_the_path() -> None:
         other = each["wide"] | {"lm_head": {"kernel": jnp.zeros(shape)}}
         for pair in ({"narrow": each["narrow"], "other": other}, {"wide": each["wide"], "other": other}):
             with pytest.raises(
-                ValueError, match=r"'other' is on another base: lm_head/kernel is \(\d+, \d+\), not \(32, 64\)"
+                ValueError,
+                match=r"'other' is on another base: lm_head/kernel is an array of .*, not an array of \(32, 64\)",
             ):
                 adapters.stack(pair, FORWARD)
     dora = methods.dora(2)(KEY, zoo.base("llama"), FORWARD)[0]

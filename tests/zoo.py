@@ -16,7 +16,7 @@ import optax
 import transformers
 
 import peft_jax as pj
-from peft_jax import adapters, methods, trees
+from peft_jax import adapters, methods, quant, trees
 from peft_jax.methods.lora import LoRA
 from peft_jax.methods.vera import VeRA
 from peft_jax.models import families
@@ -167,6 +167,7 @@ class Row(NamedTuple):
     method      ``(key, params, forward) -> (params, forward)``
     trains      how many numbers train, by the paper's formula
     optimiser   () -> the optimiser that belongs to the method
+    stores      the part of the method that stores the base in few bits: what `strip` gives back
     keeps       how many numbers it keeps beside Adam's two for each that trains
     Where a law does not hold, the row says why; an empty reason means that it does:
     changes     the output is not the base's at the start
@@ -180,11 +181,16 @@ class Row(NamedTuple):
     method: Callable[..., tuple[Any, pj.Forward]]
     trains: int
     optimiser: Callable[[], optax.GradientTransformation] = lambda: optax.adam(3e-3)
+    stores: pj.Method = pj.chain()
     keeps: int = 0
     changes: str = ""
     stays: str = ""
     slope: str = ""
     foreign: str = ""
+
+    def base(self, params: Any, **options: Any) -> Any:
+        """A llama's weights as this row's adapters find them."""
+        return self.stores(KEY, params, build("llama", **options))[0]
 
 
 def vectors(rank: int, *shapes: tuple[int, int]) -> int:
@@ -195,6 +201,11 @@ def vectors(rank: int, *shapes: tuple[int, int]) -> int:
 def low_rank(rank: int, *shapes: tuple[int, int]) -> int:
     """LoRA, section 4.2: r · (in + out) for every adapted matrix."""
     return rank * sum(inputs + outputs for inputs, outputs in shapes)
+
+
+def pooled(rank: int, group: int, *shapes: tuple[int, int]) -> int:
+    """QA-LoRA, section 3.3: r · (groups of inputs + out) for every adapted matrix."""
+    return rank * sum(inputs // group + outputs for inputs, outputs in shapes)
 
 
 def triplets(rank: int, *shapes: tuple[int, int]) -> int:
@@ -247,6 +258,8 @@ def allocated(steps: int = 3) -> optax.GradientTransformationExtraArgs:
     return methods.allocate_rank(optax.adam(0.05), steps, initial_steps=0, final_steps=1, orthogonality=0)
 
 
+INT4 = quant.quantise(quant.grouped(4, 16), "(q|v)_proj")
+NF4 = quant.quantise(quant.nf4(16))
 PUT_BEFORE = {"changes": "random rows stand before the tokens", "stays": "it acts beside the weights"}
 
 ROWS = (
@@ -330,6 +343,14 @@ ROWS = (
         optimiser=allocated,
         keeps=LAYERS * (2 * triplets(3, Q, V, DOWN) + 2 * 3 * 3) + 2,  # scores of padding too
     ),
+    Row(
+        "qalora",
+        ("qalora",),
+        pj.chain(INT4, methods.qalora(2, 4, "(q|v)_proj", group_size=16, layers=[0, 2], dropout=0.2)),
+        2 * pooled(2, 16, Q, V),
+        stores=INT4,
+        foreign="HF PEFT",
+    ),
     Row("one layer", ("unfreeze",), methods.unfreeze(r"layers\.1\."), LAYER),
     Row("everything", ("unfreeze",), methods.unfreeze(""), LAYERS * LAYER + WIDTH + 2 * TABLE),
     Row(
@@ -367,9 +388,16 @@ ROWS = (
         foreign="save them apart",
         **PUT_BEFORE,
     ),
+    Row(
+        "qlora",
+        ("qlora",),
+        methods.qlora(4, 8, format=quant.nf4(16)),
+        LAYERS * low_rank(4, Q, K, V, OUT, GATE, UP, DOWN),
+        stores=NF4,
+    ),
 )
 
 
-def model(family: str) -> Any:
+def model(family: str, params: Any = None) -> Any:
     """What `interop.hf_peft.load` adapts."""
-    return SimpleNamespace(params=base(family), forward=build(family))
+    return SimpleNamespace(params=base(family) if params is None else params, forward=build(family))

@@ -11,6 +11,8 @@ from peft_jax.methods.p_tuning_v2 import p_tuning_v2
 from peft_jax.methods.pissa import pissa
 from peft_jax.methods.prefix_tuning import bake, prefix_tuning
 from peft_jax.methods.prompt_tuning import prompt_tuning
+from peft_jax.methods.qalora import qalora
+from peft_jax.methods.qlora import qlora
 from peft_jax.methods.unfreeze import unfreeze
 from peft_jax.methods.vera import vera
 
@@ -30,6 +32,8 @@ __all__ = [
     "prefix_tuning",
     "prompt_tuning",
     "prune",
+    "qalora",
+    "qlora",
     "ranks",
     "truncate",
     "unfreeze",
