@@ -43,6 +43,7 @@ TABLES = (
     "prefix_ablation",
     "p_tuning_v2_tasks",
     "qlora_formats",
+    "quant_perplexity",
 )
 RESULTS = Path(__file__).parent / "results"
 KINDS = ("train", "evaluate")  # of work
@@ -226,7 +227,8 @@ def estimate(profile: Profile, pending: list[tuple[Any, int]], done: list[Result
         speed = Speed(rates[0], rates[1], f"measured in {len(done)} runs")
     places = [profile.places(profile.settings, row) for row, _ in pending]
     train, evaluate = sum(t for t, _ in places), sum(e for _, e in places)
-    minutes = (train / speed.train + evaluate / speed.evaluate) / 60
+    times = ((train, speed.train), (evaluate, speed.evaluate))
+    minutes = sum(number / rate for number, rate in times if rate) / 60  # half of the runs may not train
     time = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.0f} hours"
     return (
         f"estimate: {len(pending)} runs, {train:,} training + {evaluate:,} evaluation places: about {time} "

@@ -38,13 +38,13 @@ class Frozen(Weight):
     def dequantise(self) -> Array:
         raise TypeError(f"{type(self).__name__} does not say which array it stands for")
 
-    def times(self, x: Array, transpose: bool) -> Array:
-        """``x W``, or ``x Wᵀ``, of one layer, in the dtype of `x`; without a backward rule of its own."""
-        return (unembed if transpose else linear)(x, tied(self, x).dequantise())
-
     def like(self, array: Array) -> "Frozen":
         """Another array, stored as this one is."""
         raise TypeError(f"{type(self).__name__} does not say how it stores an array")
+
+    def times(self, x: Array, transpose: bool) -> Array:
+        """``x W``, or ``x Wᵀ``, of one layer, in the dtype of `x`; without a backward rule of its own."""
+        return (unembed if transpose else linear)(x, tied(self, x).dequantise())
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -47,7 +47,8 @@ class GroupedInt(Frozen):
 
     def like(self, array: Array) -> "GroupedInt":
         """Another array, stored as this one is."""
-        return Format(self.bits, self.group_size, self.step.dtype).quantise(array)
+        made = Format(self.bits, self.group_size, self.step.dtype).quantise(array)
+        return dataclasses.replace(made, implementation=self.implementation)
 
     def dequantise(self) -> Array:
         """The array ``[in, out]`` of one layer, in the weight's dtype."""

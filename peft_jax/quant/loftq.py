@@ -3,7 +3,7 @@
     Q_t = q(W − s · A_{t−1} B_{t−1}),    s · A_t B_t = SVD_r(W − Q_t),    t = 1 … steps,    A_0 B_0 = 0
 
 Plain QLoRA begins at q(W), this at the ``Q + s · A B`` that the alternation finds, which is nearer to W.  Each of A and
-B takes the square root of the r largest singular values.  The first step gains most; later ones may lose a little.
+B takes the square root of the r largest singular values.  The first step gains most; later ones may lose some.
 
 Source: Algorithm 1; yxli2123/LoftQ, utils.py; HF PEFT utils/loftq_utils.py, whose loop this is.
 
