@@ -196,6 +196,7 @@ def sizes(row: Row) -> int:
 
 
 LORA, DYLORA, ADALORA, VERA = "Hu et al. 2021", "Valipour et al. 2022", "Zhang et al. 2023", "Kopiczko et al. 2023"
+QALORA = "Xu et al. 2023"
 PREFIX, PROMPT = "Li & Liang 2021", "Lester et al. 2021"
 ALL, LINEARS = r"attn\.(c_attn\.[qkv]|c_proj)$", r"_proj$"
 ALL_SIX = r"encoder\.layer\..*(query_proj|key_proj|value_proj|dense)$"
@@ -208,6 +209,11 @@ def lora(model: str, rank: int, exact: int, printed: str, where: str, why: str =
     select = {"v": VALUES, "q, k, v, o": ALL, "all six": ALL_SIX, "all seven linears": LINEARS}.get(which)
     method = methods.lora(rank) if select is None else methods.lora(rank, select=select)
     return Row(model, f"LoRA, {which}, r = {rank}", method, exact, printed, where, why)
+
+
+def qlora(model: str, exact: int, printed: str, where: str) -> Row:
+    """Every linear but the head, on a base in NF4, which counts as the numbers that it stands for."""
+    return Row(model, "QLoRA, r = 64", methods.qlora(64, 16), exact, printed, where)
 
 
 def vera(model: str, rank: int, exact: int, printed: str, where: str, why: str = "", *, which: str = "q, v") -> Row:
@@ -290,6 +296,7 @@ ROWS: tuple[Row, ...] = (
     lora("ViT-B", 8, 294_912, "294.9K", f"{VERA}, images"),
     lora("ViT-L", 8, 786_432, "786.4K", f"{VERA}, images"),
     lora("Llama-7B", 64, 159_907_840, "159.9M", f"{VERA}, instructions", which="all seven linears"),
+    qlora("Llama-7B", 159_907_840, "160M", f"{QALORA}, the cost of 10,000 steps"),
     lora("Llama-13B", 64, 250_347_520, "250.3M", f"{VERA}, instructions", which="all seven linears"),
     # VeRA
     *(

@@ -11,8 +11,9 @@ import pytest
 import torch
 import transformers
 
-from experiments import bench, bench_sides
+from experiments import bench, bench_qlora, bench_sides
 from peft_jax import models
+from peft_jax.training.step import lenient
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +82,35 @@ def test_the_report_speaks_of_what_was_measured() -> None:
     assert "VeRA with 1024 directions, 1,013 trained numbers, 0.06x" in whole
     first = bench.report(result(bench.TURNS[0]))
     assert "AdaLoRA" not in first and "Compiling the checkpointed step takes 1.0 s" in first
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of flax, in qwix
+def test_qloras_sides_are_one_function_and_ours_keeps_no_dequantised_weight() -> None:
+    """qwix on the same numbers: one loss at the start, both learn, and what each keeps for the backward pass."""
+    sizes, facts = bench_qlora.Sizes(128, 256, 2), {}
+    for name in ("qwix", "ours", "ours-checkpointed"):
+        with lenient():
+            run, facts[name] = bench_qlora.side(name, sizes, 16)
+            losses = [run() for _ in range(3)]
+        assert losses[2] < losses[1] < losses[0]
+        facts[name]["first"] = losses[0]
+    assert facts["ours"]["first"] == pytest.approx(facts["qwix"]["first"], rel=1e-5)
+    weights = 4 * 2 * 2 * 128 * 256
+    # qwix keeps the weights, but that of the first product, which no gradient passes; we keep none.
+    assert facts["qwix"]["residual_bytes"] - facts["ours"]["residual_bytes"] > 0.7 * weights
+    assert facts["ours"]["residual_bytes"] < 0.6 * weights
+    assert abs(facts["ours"]["argument_bytes"] - facts["qwix"]["argument_bytes"]) < 64
+
+
+def test_qloras_report_says_where_qwix_is_ahead() -> None:
+    row = {
+        "seconds": 1.0,
+        "peak_bytes": 1e9,
+        **dict.fromkeys(("residual_bytes", "temporary_bytes", "argument_bytes"), 1e6),
+    }
+    rows = dict.fromkeys(bench_qlora.SIDES, row) | {"ours": row | {"seconds": 2.0, "residual_bytes": 5e5}}
+    recorded = json.loads(bench.RESULT.read_text(encoding="utf-8"))
+    told = {"rows": rows, "sizes": {"layers": 8, "width": 1024, "hidden": 4096}}
+    text = bench_qlora.report(recorded | told)
+    assert "time 2.00x, peak memory 1.00x, residuals 0.50x" in text
+    assert "qwix is ahead in time 2.00x." in text and text.count("\n| ") == len(bench_qlora.SIDES)

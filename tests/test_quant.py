@@ -203,12 +203,12 @@ def test_either_order_is_one_tree_and_it_trains() -> None:
     assert isinstance(trees.innermost(pj.strip(trained)["model"]["layers"]["self_attn"]["q_proj"]["kernel"]), FourBit)
 
 
-def temporaries(layers: int, quantised: bool, scan: bool, remat: str) -> tuple[int, int]:
+def temporaries(layers: int, form: Any, scan: bool, remat: str) -> tuple[int, int]:
     """Bytes of temporaries of a gradient, and of the layers' dequantised weights."""
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "vocab_size": 64}
     config = transformers.LlamaConfig(**sizes, num_hidden_layers=layers, max_position_embeddings=32)
     forward = llama.build(config, scan=scan, remat=remat)
-    method = pj.chain(*([quant.quantise(quant.nf4())] if quantised else []), methods.lora(2, select="proj"))
+    method = pj.chain(*([quant.quantise(form)] if form else []), methods.lora(2, select="proj"))
     made = []
 
     def init(key: Any) -> Any:
@@ -228,13 +228,20 @@ def temporaries(layers: int, quantised: bool, scan: bool, remat: str) -> tuple[i
     return analysis.temp_size_in_bytes, kernels
 
 
-@pytest.mark.parametrize(("scan", "remat"), [(True, "full"), (True, "none"), (False, "none")])
-def test_the_backward_pass_keeps_codes_alone(scan: bool, remat: str) -> None:
+PLAIN = quant.nf4(double=False)  # whose scales no integer stands before
+
+
+@pytest.mark.parametrize(
+    ("form", "scan", "remat"),
+    [(quant.nf4(), True, "full"), (quant.nf4(), True, "none"), (quant.nf4(), False, "none"), (PLAIN, False, "none")],
+    ids=["scanned", "scanned-kept", "unrolled", "unrolled-plain-scales"],
+)
+def test_the_backward_pass_keeps_codes_alone(form: Any, scan: bool, remat: str) -> None:
     """Where layers are added, temporaries grow by no more than activations do, and 5% of the added weights."""
     grown = {}
-    for quantised in (False, True):
-        (few, small), (many, large) = (temporaries(n, quantised, scan, remat) for n in ((4, 16) if scan else (2, 6)))
-        grown[quantised] = many - few
+    for used in (None, form):
+        (few, small), (many, large) = (temporaries(n, used, scan, remat) for n in ((4, 16) if scan else (2, 6)))
+        grown[used is form] = many - few
     assert grown[True] - grown[False] <= 0.05 * (large - small)
 
 

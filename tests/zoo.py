@@ -349,7 +349,6 @@ ROWS = (
         pj.chain(INT4, methods.qalora(2, 4, "(q|v)_proj", group_size=16, layers=[0, 2], dropout=0.2)),
         2 * pooled(2, 16, Q, V),
         stores=INT4,
-        foreign="HF PEFT",
     ),
     Row("one layer", ("unfreeze",), methods.unfreeze(r"layers\.1\."), LAYER),
     Row("everything", ("unfreeze",), methods.unfreeze(""), LAYERS * LAYER + WIDTH + 2 * TABLE),

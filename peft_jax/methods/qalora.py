@@ -114,7 +114,7 @@ class QALoRA(Weight):
 
 
 def into_zeros(base: GroupedInt, change: Array, group_size: int) -> GroupedInt:
-    """The leaf whose weights are larger by ``change`` ``[*layers, in/group_size, out]``: other zero points, in float32.
+    """The leaf whose weights are larger by ``change`` ``[*layers, in/group_size, out]``: other zero points, in fp32.
 
     A step that is too small for its change is enlarged to the change's last bits, where it had nothing to say: a step
     of 0 is no division by 0.
@@ -126,8 +126,8 @@ def into_zeros(base: GroupedInt, change: Array, group_size: int) -> GroupedInt:
     change = jnp.repeat(change.astype(jnp.float32), group_size // base.group_size, axis=-2)
     step, zero = base.step.astype(jnp.float32), base.zero.astype(jnp.float32)
     least = max(float(jnp.finfo(base.step.dtype).smallest_subnormal), float(jnp.finfo(jnp.float32).tiny))
-    least = jnp.maximum(jnp.abs(change) * 2.0**-28, least)
-    kept = jnp.where(jnp.abs(step) < least, least, step).astype(base.step.dtype)
+    enough = jnp.maximum(jnp.abs(change) * 2.0**-28, least)
+    kept = jnp.where(jnp.abs(step) < enough, enough, step).astype(base.step.dtype)
     wide = kept.astype(jnp.float32)
     return dataclasses.replace(base, step=kept, zero=zero * (step / wide) - change / wide)
 

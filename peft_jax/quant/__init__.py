@@ -12,15 +12,4 @@ from peft_jax.quant.method import dequantise, quantise
 from peft_jax.quant.nf4 import fp4, nf4
 from peft_jax.quant.requantise import requantise
 
-__all__ = [
-    "dequantise",
-    "fp4",
-    "gptq",
-    "grouped",
-    "int8",
-    "loftq",
-    "nf4",
-    "quantise",
-    "requantise",
-    "use_kernels",
-]
+__all__ = ["dequantise", "fp4", "gptq", "grouped", "int8", "loftq", "nf4", "quantise", "requantise", "use_kernels"]

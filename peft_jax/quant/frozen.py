@@ -38,13 +38,13 @@ class Frozen(Weight):
     def dequantise(self) -> Array:
         raise TypeError(f"{type(self).__name__} does not say which array it stands for")
 
-    def like(self, array: Array) -> "Frozen":
-        """Another array, stored as this one is."""
-        raise TypeError(f"{type(self).__name__} does not say how it stores an array")
-
     def times(self, x: Array, transpose: bool) -> Array:
         """``x W``, or ``x Wᵀ``, of one layer, in the dtype of `x`; without a backward rule of its own."""
         return (unembed if transpose else linear)(x, tied(self, x).dequantise())
+
+    def like(self, array: Array) -> "Frozen":
+        """Another array, stored as this one is."""
+        raise TypeError(f"{type(self).__name__} does not say how it stores an array")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -81,13 +81,18 @@ def _product(x: Array, w: Frozen, transpose: bool) -> Array:
 
 
 def tied(w: Frozen, x: Array) -> Frozen:
-    """The same leaf, whose codes depend on what they meet, so that they cannot be dequantised before it is there.
+    """The same leaf, whose codes and scales depend on what they meet, so that nothing is made of them before.
 
     Otherwise the compiler would dequantise all layers at once, or find that the forward pass has dequantised the same
     codes, and keep the result all the way (an optimization_barrier is gone before it looks).
     """
     flag = never(x)
-    each = lambda x: x ^ flag.astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.integer) else x  # noqa: E731
+
+    def each(x: Array) -> Array:
+        if jnp.issubdtype(x.dtype, jnp.integer):
+            return x ^ flag.astype(x.dtype)
+        return jnp.where(flag, jnp.zeros((), x.dtype), x)  # a scale for each number is as large as the numbers
+
     return jax.tree.map(each, w)
 
 

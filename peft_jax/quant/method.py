@@ -83,14 +83,14 @@ def _store(format: Format, site: Site | None, leaf: Leaf, name: str, bar: Any) -
     if site is None:
         return leaf
     check(site, leaf, name)
-    base, where = innermost(leaf), "/".join(site.path)
+    base = innermost(leaf)
     try:
         if is_on_disk(base):
             packed = _stream(format, base, not site.embedding, bar)
         else:
             packed = format.quantise(base, transposed=not site.embedding)
     except ValueError as error:
-        raise ValueError(f"{where}{_unfinite(site, base)}: {error}") from None
+        raise ValueError(f"{'/'.join(site.path)}{_unfinite(site, base)}: {error}") from None
     return rebase(leaf, lambda _: packed)
 
 

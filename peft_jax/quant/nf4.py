@@ -104,17 +104,17 @@ class FourBit(Frozen):
         product = jnp.maximum(_look_up(DYNAMIC, flat) * wide, jnp.finfo(jnp.float32).min)
         return (product + offset).reshape(codes.shape)
 
-    def like(self, array: Array) -> "FourBit":
-        """Another array, stored as this one is."""
-        form = Format(self.kind, self.block_size, isinstance(self.absmax, Nested))
-        made = form.quantise(array, transposed=self.transposed)
-        return dataclasses.replace(made, implementation=self.implementation)
-
     def rows(self) -> Array:
         """The numbers of one layer as they are stored, a kernel's outputs (an embedding's tokens) in rows."""
         values = self._rows(self.codes, self.scales())
         stored = self.matrix[::-1] if self.transposed else self.matrix
         return values.reshape(-1)[: math.prod(stored)].reshape(stored)
+
+    def like(self, array: Array) -> "FourBit":
+        """Another array, stored as this one is."""
+        form = Format(self.kind, self.block_size, isinstance(self.absmax, Nested))
+        made = form.quantise(array, transposed=self.transposed)
+        return dataclasses.replace(made, implementation=self.implementation)
 
     def dequantise(self) -> Array:
         """The array of one layer, in the weight's dtype."""

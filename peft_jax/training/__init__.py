@@ -5,6 +5,7 @@ from peft_jax.training.data import Batches, batches, chat, pack, pad
 from peft_jax.training.loop import Run, evaluate, fit
 from peft_jax.training.losses import answers, classification, label_accuracy, next_token, token_accuracy
 from peft_jax.training.many import fit_many
+from peft_jax.training.paging import page
 from peft_jax.training.step import State, compile_step, init_state, make_step
 
 __all__ = [
@@ -26,5 +27,6 @@ __all__ = [
     "next_token",
     "pack",
     "pad",
+    "page",
     "token_accuracy",
 ]

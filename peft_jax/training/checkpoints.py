@@ -20,9 +20,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Array
 
 import peft_jax
 from peft_jax.core import Params
+from peft_jax.training.paging import KIND
 from peft_jax.training.step import State
 from peft_jax.trees import combine
 from peft_jax.weights import is_weight
@@ -115,8 +117,9 @@ class Checkpoints:
         if manifest.get("format") != FORMAT:
             raise ValueError(f"{path} has format {manifest.get('format')!r}, and this version reads {FORMAT}")
         compare(manifest, describe(state, frozen), str(path))
-        wanted = args.Composite(state=args.StandardRestore(jax.tree.map(abstract, _plain(state))))
-        found = self._manager.restore(step, args=wanted).state
+        like = _plain(state)
+        wanted = args.Composite(state=args.StandardRestore(jax.tree.map(_on_device, like)))
+        found = jax.tree.map(_placed, self._manager.restore(step, args=wanted).state, like)
         if manifest["key_impl"] is not None:
             found["key"] = jax.random.wrap_key_data(found["key"], impl=manifest["key_impl"])
         return Restored(State(**found), _decode(manifest["position"]))
@@ -124,6 +127,18 @@ class Checkpoints:
 
 def abstract(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+
+def _on_device(x: Any) -> jax.ShapeDtypeStruct:
+    """As `abstract`, never in host memory: arrays that orbax makes there have the type of those on the device."""
+    sharding = x.sharding if x.sharding is None else x.sharding.with_memory_kind("device")
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def _placed(x: Array, like: Any) -> Array:
+    """Where `like` lies, if that is in host memory."""
+    paged = like.sharding is not None and like.sharding.memory_kind == KIND
+    return jax.device_put(x, like.sharding) if paged else x
 
 
 def _is_typed(key: Any) -> bool:

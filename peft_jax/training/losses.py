@@ -173,10 +173,10 @@ def _over_tokens(
     return _sum_of_chunks(score, (params, ports), split(features), split(targets), split(weights))
 
 
-def chunk_size(rows: int, vocab: int) -> int:
+def chunk_size(rows: int, vocab: int, backend: str | None = None) -> int:
     """How many positions of each of `rows` rows make one chunk: 128 tokens at least, and about 2²³ logits (32 MiB) on a
     CPU; 2²⁶ on an accelerator, which needs more tokens at a time to be busy with the head's kernel."""
-    logits = 2**23 if jax.default_backend() == "cpu" else 2**26
+    logits = 2**23 if (backend or jax.default_backend()) == "cpu" else 2**26
     return max(1, math.ceil(max(logits // vocab, 128) / rows))
 
 

@@ -29,6 +29,7 @@ from peft_jax.training.checkpoints import nodes
 from peft_jax.training.loop import Data, Run, train
 from peft_jax.training.losses import Batch, Loss, next_token
 from peft_jax.training.metrics import Log, Record
+from peft_jax.training.paging import is_paged
 from peft_jax.training.step import State, Step, init_state, lenient, make_step
 from peft_jax.trees import combine, partition
 from peft_jax.weights import Weight, innermost
@@ -183,6 +184,8 @@ def stack(
         init_state(tree, rated(tx, (rates or {}).get(name, 1.0)), (keys or {}).get(name, jax.random.key(0)))
         for name, tree in padded.items()
     ]
+    if any(map(is_paged, jax.tree.leaves(made[0][0]))):
+        raise ValueError("many runs keep their states on the device: give fit_many the optimiser without training.page")
     state = jax.tree.map(lambda *x: jnp.stack(x), *(state for state, _ in made))
     halves = [frozen for _, frozen in made]
     for name, half in zip(padded, halves, strict=True):

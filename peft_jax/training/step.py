@@ -20,6 +20,7 @@ from jaxtyping import Array
 
 from peft_jax.core import Forward, Params, Ports
 from peft_jax.training.losses import Batch, Loss, next_token
+from peft_jax.training.paging import fetch, is_paged, put_back
 from peft_jax.trees import Optimiser, apply_updates, combine, partition, transformation, weights
 from peft_jax.weights import Weight
 
@@ -54,7 +55,10 @@ def init_state(params: Params, tx: Optimiser, key: Array, *, allocate: bool = Tr
         opt_state = tx.init(trainables)
     for w in weights(params) if allocate else ():
         _check_needs(w, opt_state)
-    state = jax.tree.map(_settled, State(trainables, opt_state, jnp.int32(0), key))
+    given = State(trainables, opt_state, jnp.int32(0), key)
+    state = put_back(jax.tree.map(_settled, fetch(given)), given)
+    if any(map(is_paged, jax.tree.leaves(state))):  # which ties a state to its device; all of it, as after a step
+        state = jax.tree.map(lambda x: jax.device_put(x, x.sharding), state)
     return _spread(state), frozen
 
 
@@ -165,6 +169,7 @@ def make_step(
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
     def step(state: State, frozen: Params, batch: Batch) -> tuple[State, dict[str, Array]]:
+        paged, state = state, state._replace(opt_state=fetch(state.opt_state))
         step_key = _named(state.key, "step", state.step)
         micro_keys = jax.vmap(functools.partial(jax.random.fold_in, _named(state.key, "micro", state.step)))(
             jnp.arange(accumulate)
@@ -195,7 +200,7 @@ def make_step(
         finite = jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(global_norm(updates))
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state)
         metrics = {"loss": value, "weight": weight, "grad_norm": norm, "finite": finite, **learning_rates(opt_state)}
-        return kept, metrics
+        return put_back(kept, paged), metrics
 
     return step
 

@@ -10,6 +10,8 @@ LoRA            ``lora_A`` ``[r, in]`` and ``lora_B`` ``[out, r]``, ours transpo
                 Several LoRA leaves on one weight are one of the summed rank, which is the same function.
 DyLoRA          saved as the LoRA that it is at its rank in use: the largest, unless `methods.use_rank` set another.
 DoRA            ``lora_magnitude_vector``.  An adapter has it everywhere or nowhere.
+QA-LoRA         ``use_qalora``: ``lora_A`` ``[r, in/g]``.  HF PEFT's pooling multiplies by the number of groups, so a
+                sum or a mean is saved under another scale: the same function.  All groups must be of one size.
 PiSSA, OLoRA    saved as a plain LoRA of rank 2r, ``[A, A₀] [B; −B₀]``, that needs no other base.  HF PEFT's own files
                 hold A and B alone: loading computes A₀ and B₀ again from the base, as HF PEFT does.
 VeRA            ``vera_lambda_d`` and ``_b``; the pair is written too (``base_model.vera_A``, ``_B``) or left to the

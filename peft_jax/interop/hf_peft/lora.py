@@ -1,6 +1,6 @@
 """LoRA and what is built on it, in HF PEFT's format: two tensors a module, and DoRA's magnitude.
 
-Source: HF PEFT 0.21.2, tuners/lora/{config,layer,model}.py.
+Source: HF PEFT 0.21.2, tuners/lora/{config,layer,model,variants,gptq}.py.
 """
 
 import math
@@ -22,12 +22,13 @@ from peft_jax.interop.hf_peft.reading import adapter_of, read_leaf
 from peft_jax.methods.dora import DoRA, column_norms
 from peft_jax.methods.lora import LoRA, lora
 from peft_jax.methods.pissa import Residual
+from peft_jax.methods.qalora import QALoRA
 from peft_jax.weights import Leaf, materialise
 
 # Fields that say nothing about the numbers (how the adapter was made, what was recorded of it), or are read here.
 FIELDS = """
     alpha_pattern corda_config ensure_weight_tying eva_config init_lora_weights loftq_config lora_alpha lora_dropout
-    lora_ga_config megatron_core qalora_group_size r rank_pattern runtime_config use_dora use_rslora
+    lora_ga_config megatron_core qalora_group_size r rank_pattern runtime_config use_dora use_qalora use_rslora
 """
 PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # the base keeps its weights
 RESIDUAL_STARTS = ("pissa", "olora")  # the base loses what the adapter starts with, which can be computed again
@@ -42,6 +43,19 @@ def check(config: Config, where: str) -> None:
             "be computed again from the base alone: save it in HF PEFT as a plain LoRA "
             "(save_pretrained(…, path_initial_model_for_weight_conversion=…)), or merge it there"
         )
+    if config.get("use_qalora"):
+        size = group_size(config)
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"{where} has qalora_group_size={size!r}: a whole number from 1 on is supported")
+        if config.get("use_dora") or start in RESIDUAL_STARTS:
+            raise ValueError(
+                f"{where} uses use_qalora with DoRA or init_lora_weights={start!r}, which is not supported"
+            )
+
+
+def group_size(config: Config) -> Any:
+    """Inputs a group of a QA-LoRA adapter; 0 of a LoRA."""
+    return config.get("qalora_group_size", 16) if config.get("use_qalora") else 0
 
 
 def wanted(modules: Sequence[str], config: Config, names: Names) -> Wanted:
@@ -53,6 +67,11 @@ def _shapes(module: str, config: Mapping[str, Any], names: Names) -> Shapes:
     at, source = f"{PREFIX}{module}.", names.matrices[names.tied.get(module, module)]
     inputs, outputs = (source.outputs, source.inputs) if module in names.tied else (source.inputs, source.outputs)
     a, b = keys_of(module, names)
+    if size := group_size(config):
+        if source.embedding or inputs % size:
+            what = "an embedding" if source.embedding else f"{inputs} inputs"
+            raise ValueError(f"the adapter's config pools groups of {size} inputs, and {module} has {what}")
+        inputs //= size
     shapes: Shapes = {a: (rank, inputs), b: (outputs, rank)}
     return shapes | ({f"{at}lora_magnitude_vector": (outputs,)} if config.get("use_dora") else {})
 
@@ -78,7 +97,7 @@ class Adapter(NamedTuple):
 
 
 def adapt(params: Params, found: Found) -> Params:
-    """The tree with the leaves that `methods.lora` and `methods.dora` make."""
+    """The tree with the leaves that `methods.lora`, `methods.dora` and `methods.qalora` make."""
     mine = {module: _adapter(module, found.tensors, found.config, found.names, params) for module in found.modules}
     _untie(mine, found.names)
     slots: dict[Path, dict[int | None, Adapter]] = {}
@@ -89,7 +108,9 @@ def adapt(params: Params, found: Found) -> Params:
                 slots.setdefault(part.path, {})[part.layer] = its
 
     def each(path: Path, leaf: Leaf) -> Leaf:
-        return _low_rank(leaf, slots[path], found.name, found.dtype) if path in slots else leaf
+        return (
+            _low_rank(leaf, slots[path], group_size(found.config), found.name, found.dtype) if path in slots else leaf
+        )
 
     return trees.map_leaves(each, params)
 
@@ -167,7 +188,7 @@ def _divide(one: Adapter, source: Source) -> list[Adapter]:
     return [mine(index, part) for index, part in enumerate(source.parts)]
 
 
-def _low_rank(leaf: Leaf, mine: Mapping[int | None, Adapter], name: str, dtype: Any) -> Leaf:
+def _low_rank(leaf: Leaf, mine: Mapping[int | None, Adapter], group: int, name: str, dtype: Any) -> Leaf:
     """The leaf of a module, or of its layers: those without an adapter have rank 0."""
     layers: list[int | None] = [None] if None in mine else list(range(leaf.shape[0]))
     dtype = dtype or np.result_type(*(x.dtype for one in mine.values() for x in (one.a, one.b)))
@@ -186,8 +207,10 @@ def _low_rank(leaf: Leaf, mine: Mapping[int | None, Adapter], name: str, dtype: 
             for i, shape in enumerate([(inputs, rank), (rank, outputs)])
         )
         base = Residual(leaf, a, b, jnp.copy(scale), name=f"{name}.residual")
-    a = stack({layer: one.a for layer, one in mine.items()}, (inputs, rank), dtype)
+    a = stack({layer: one.a for layer, one in mine.items()}, (inputs // (group or 1), rank), dtype)
     b = stack({layer: one.b for layer, one in mine.items()}, (rank, outputs), dtype)
+    if group:
+        return QALoRA(base, a, b, scale, group_size=group, pooling="peft", ranks=ranks, name=name)
     magnitudes = {layer: one.magnitude for layer, one in mine.items() if one.magnitude is not None}
     if not magnitudes:
         return LoRA(base, a, b, scale, ranks=ranks, name=name)
@@ -219,11 +242,19 @@ def describe(held: Held, names: Names, options: Mapping[str, Any]) -> tuple[dict
     sizes = {module: (found.term.a.shape[1], found.term.scale) for module, found in adapted.items()}
     sizes |= {head: sizes[embedding] for head, embedding in names.tied.items() if embedding in adapted}
     magnitudes = any(found.magnitude is not None for found in adapted.values())
-    return tensors, scaling(sizes) | {
-        "lora_dropout": options["dropout"],
-        "use_dora": magnitudes,
-        "init_lora_weights": True,
-    }
+    own = {"lora_dropout": options["dropout"], "use_dora": magnitudes, "init_lora_weights": True}
+    return tensors, scaling(sizes) | own | _pooling(adapted, names)
+
+
+def _pooling(adapted: Mapping[str, Read], names: Names) -> dict[str, Any]:
+    """The config's fields of QA-LoRA."""
+    (size, one), *others = {found.term.group_size: module for module, found in adapted.items()}.items() or [(0, "")]
+    if others:
+        raise ValueError(
+            f"{names.matrices[others[0][1]].where} pools groups of {others[0][0]} inputs and "
+            f"{names.matrices[one].where} of {size} (0 is LoRA): an adapter of HF PEFT has one size everywhere"
+        )
+    return {"use_qalora": True, "qalora_group_size": size} if size else {}
 
 
 def _check_magnitudes(adapted: Mapping[str, Read], names: Names) -> None:

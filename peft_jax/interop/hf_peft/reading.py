@@ -1,5 +1,6 @@
 """What the leaves of a tree say: low-rank products, magnitudes, and what trains whole, each by the source's module."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -14,16 +15,21 @@ from peft_jax.methods.dora import DoRA, column_norms
 from peft_jax.methods.dylora import DyLoRA, shorten
 from peft_jax.methods.lora import LoRA
 from peft_jax.methods.pissa import Residual
+from peft_jax.methods.qalora import QALoRA
 from peft_jax.ports import Stored
 from peft_jax.weights import Leaf, Unfrozen, base_of, innermost, is_weight, materialise
 
 
 class Term(NamedTuple):
-    """``scale · a b``: one low-rank product of a matrix.  a ``[in, r]``, b ``[r, out]``."""
+    """``scale · a b``: one low-rank product of a matrix.  a ``[in, r]``, b ``[r, out]``.
+
+    With a `group_size`, QA-LoRA's: a has a row for each group of inputs, and scale is that of HF PEFT's pooling.
+    """
 
     a: np.ndarray
     b: np.ndarray
     scale: np.float32
+    group_size: int = 0
 
 
 class Adapter(NamedTuple):
@@ -34,14 +40,15 @@ class Adapter(NamedTuple):
 
 
 class Read(NamedTuple):
-    """What a leaf holds: terms (a, b, scale, each layer's rank) and magnitudes, on the host, layers first; its base."""
+    """What a leaf holds: terms (a, b, scale, each layer's rank, inputs a group) and magnitudes, on the host, layers
+    first; its base."""
 
-    terms: list[tuple[np.ndarray, np.ndarray, np.ndarray, tuple[int, ...]]]
+    terms: list[tuple[np.ndarray, np.ndarray, np.ndarray, tuple[int, ...], int]]
     magnitude: np.ndarray | None
     base: Leaf
 
     def at(self, layer: int) -> list[Term]:
-        return [Term(a[layer, :, :r], b[layer, :r], s[layer]) for a, b, s, ranks in self.terms if (r := ranks[layer])]
+        return [Term(a[layer, :, :r], b[layer, :r], s[layer], g) for a, b, s, rs, g in self.terms if (r := rs[layer])]
 
 
 def one_of_a_stack(params: Params, adapter: str | None) -> Params:
@@ -98,15 +105,18 @@ def read_leaf(path: Path, leaf: Leaf) -> Read:
     terms, magnitude = [], None
     if isinstance(leaf, DoRA):
         magnitude, leaf = np.atleast_2d(np.asarray(leaf.magnitude)), leaf.base
-    while type(leaf) in (LoRA, DyLoRA, Residual):
+    while type(leaf) in (LoRA, DyLoRA, Residual, QALoRA):
         leaf = shorten(leaf) if isinstance(leaf, DyLoRA) else leaf
         scale = np.atleast_1d(np.asarray(leaf.scale, np.float32))
         a, b = (np.asarray(x).reshape(len(scale), *x.shape[-2:]) for x in (leaf.a, leaf.b))
-        if isinstance(leaf, LoRA):
+        group = leaf.group_size if isinstance(leaf, QALoRA) else 0
+        if group:
+            scale = scale * np.float32(leaf.factor / dataclasses.replace(leaf, pooling="peft").factor)
+        if isinstance(leaf, LoRA | QALoRA):
             ranks = leaf.ranks
         else:
             scale, ranks = -scale, tuple(_used(*pair) for pair in zip(a, b, scale, strict=True))
-        terms.append((a, b, scale, ranks))
+        terms.append((a, b, scale, ranks, group))
         leaf = leaf.base
     refuse_adapters(path, leaf, "LoRA")
     return Read(terms, magnitude, leaf)
@@ -125,10 +135,13 @@ def adapter_of(source: Source, read: dict[Path, Read]) -> Adapter | None:
     if not everything:
         return None
     scale = next((term.scale for term in everything if term.scale), np.float32(0))
+    group, *others = sorted({term.group_size for term in everything})
+    if others:
+        raise ValueError(f"{source.where} pools {group} and {others[0]} inputs (0 is LoRA): HF PEFT has one size")
     magnitude = _magnitude(source, read, [bool(mine) for mine in terms])
     if len(terms) > 1 and _share_a(terms):
         b = np.concatenate([term.b for term in everything], -1)
-        return Adapter(Term(everything[0].a, b, scale), magnitude)
+        return Adapter(Term(everything[0].a, b, scale, group), magnitude)
     rows = []
     for part, mine in zip(source.parts, terms, strict=True):
         for term in mine:
@@ -136,7 +149,8 @@ def adapter_of(source: Source, read: dict[Path, Read]) -> Adapter | None:
             b = np.zeros((len(mine_b), source.outputs), mine_b.dtype)
             b[:, part.start : part.stop] = mine_b
             rows.append(b)
-    return Adapter(Term(np.concatenate([term.a for term in everything], -1), np.concatenate(rows), scale), magnitude)
+    a = np.concatenate([term.a for term in everything], -1)
+    return Adapter(Term(a, np.concatenate(rows), scale, group), magnitude)
 
 
 def _share_a(terms: list[list[Term]]) -> bool:
