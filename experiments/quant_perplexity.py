@@ -307,20 +307,7 @@ LAPTOP = Profile(
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Paper(Settings):
-    """As the paper has it: rows of 2,048 tokens."""
-
-    model: str = "llama-7b"
-    data: str = "pile_cc.jsonl"
-    length: int = 2_048
-    texts: int = 1_000
-    calibration: int = 128
-    passes: int = 32
-    batch: int = 1
-
-
-def load_paper(s: Paper, source: str | None, folder: str | None) -> Task:
+def load_paper(s: Settings, source: str | None, folder: str | None) -> Task:
     model = models.load("huggyllama/llama-7b" if source is None else source)
     if model.config.tie_word_embeddings:
         raise ValueError("the paper profile takes Llama models with a head of their own")
@@ -341,7 +328,7 @@ PAPER = Profile(
             {f"given-{name}": figures for name, figures in FIGURES.items()},
         ),
     ),
-    settings=Paper(),
+    settings=Settings("llama-7b", "pile_cc.jsonl", length=2_048, texts=1_000, calibration=128, passes=32, batch=1),
     metrics=(*PERPLEXITY, ERROR),
     speed=Speed(4_000, 4_000, "assumed of one A100, not measured"),
     places=places,
