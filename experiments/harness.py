@@ -43,6 +43,7 @@ TABLES = (
     "prefix_ablation",
     "p_tuning_v2_tasks",
     "qlora_formats",
+    "qalora_merge",
 )
 RESULTS = Path(__file__).parent / "results"
 KINDS = ("train", "evaluate")  # of work
