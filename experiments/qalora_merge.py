@@ -19,6 +19,8 @@ laptop   SmolLM2-135M answers movie reviews with one token (`experiments.sentime
          for none.  GPTQ is calibrated on 64 reviews to train on, in one pass.  The rows of QLoRA that share a seed
          share one training.  QA-LoRA pools by the mean, as the authors' code does, whose rate is QLoRA's.
 
+paper    LLaMA 7B to 65B on Alpaca and FLAN v2, MMLU and common sense: `experiments.qalora_paper`.
+
 The paper prints the average accuracy on MMLU: 34.6 for LLaMA-7B as it is, 38.4 for QLoRA before it is quantised.
 """
 
@@ -30,7 +32,7 @@ from typing import Any, NamedTuple
 import jax
 
 import peft_jax as pj
-from experiments import lora_ablation, qlora_formats, sentiment
+from experiments import lora_ablation, qalora_paper, qlora_formats, sentiment
 from experiments.harness import Metric, Outcome, Part, Profile, Speed, Table, Work, train
 from peft_jax import Method, methods, quant, training, trees
 from peft_jax.core import Params
@@ -163,5 +165,5 @@ TABLE = Table(
     "qalora_merge",
     "QA-LoRA: merged without leaving few bits",
     "Xu et al. 2023, [arXiv 2309.14717](https://arxiv.org/abs/2309.14717), Table 1",
-    {"laptop": LAPTOP},
+    {"laptop": LAPTOP, "paper": qalora_paper.PAPER},
 )

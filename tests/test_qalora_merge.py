@@ -1,14 +1,17 @@
 """QA-LoRA's table on a tiny model: what merging changes, and what it does not."""
 
 import dataclasses
+import json
 import math
 
 import jax
 import numpy as np
 import pytest
 import transformers
+from test_commonsense import RECORDS
+from test_qlora_formats import DEV, TEST, lettered, written
 
-from experiments import harness, qalora_merge, sentiment
+from experiments import harness, qalora_merge, qalora_paper, sentiment
 from peft_jax import models
 
 LAPTOP = qalora_merge.LAPTOP
@@ -56,3 +59,33 @@ def test_a_run_of_each_kind():
     assert abs(rounded["loss_after"] - rounded["loss_before"]) > 1e-4
     assert found["qlora-gptq2"]["loss_before"] == rounded["loss_before"], "one training for both"
     assert qalora_merge.learn.cache_info().misses == 2
+
+
+def test_a_paper_row_takes_real_steps_and_answers(tmp_path):
+    paper, sizes = qalora_paper.PAPER, SIZES | {"intermediate_size": 64}
+    config = transformers.LlamaConfig(vocab_size=261, eos_token_id=0, max_position_embeddings=512, **sizes)
+    model = models.from_config(config, jax.random.key(0))
+    models.save(tmp_path / "llama" / "llama-7b", dataclasses.replace(model, tokenizer=lettered()))
+    data = tmp_path / "qlora"
+    written(data / "mmlu", "dev", DEV)
+    written(data / "mmlu", "test", TEST)
+    (data / "commonsense").mkdir()
+    for task, (record, *_) in RECORDS.items():
+        (data / "commonsense" / f"{task}.jsonl").write_text(json.dumps(record), encoding="utf-8")
+    items = [{"instruction": "Say it.", "input": "", "output": "It."}] * 4
+    (data / "alpaca.json").write_text(json.dumps(items), encoding="utf-8")
+    s = dataclasses.replace(
+        paper.settings, batch=2, length=256, dtype="float32", longest=400, steps=2, evaluated=2, rank=2, calibration=2
+    )
+    table = harness.Table("toy", "", "", {"paper": dataclasses.replace(paper, settings=s)})
+    sources = {"model": str(tmp_path / "llama"), "data": str(data)}
+    (path,) = harness.run(table, "paper", only=("llama-7b-alpaca-4",), dirty=True, results=tmp_path, **sources)
+    result = json.loads(path.read_text())
+    assert result["trainable"] == 2 * 2 * (4 * (1 + 32) + 2 * (1 + 64) + (2 + 32))
+    assert result["metrics"]["commonsense"] in [pytest.approx(100 * right / 7) for right in range(8)]
+    rates = {name: row.rate for name, row in paper.rows.items()}
+    assert (rates["llama-13b-flan_v2-3"], rates["llama-33b-alpaca-2"], rates["llama-7b-alpaca-4-code"]) == (
+        2e-5,
+        1e-5,
+        2e-4,
+    )
