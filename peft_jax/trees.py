@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
+from peft_jax import on_disk
 from peft_jax.core import Forward, Params, Path, Spec
 from peft_jax.weights import Leaf, Weight, base_of, innermost, is_weight, materialise, numbers
 
@@ -397,7 +398,7 @@ def merge(params: Params) -> Params:
 
     def each(path: Path, leaf: Leaf) -> Leaf:
         try:
-            return _merged(leaf) if is_weight(leaf) and hasattr(leaf, "base") else leaf
+            return _merged(on_disk.read(leaf)) if is_weight(leaf) and hasattr(leaf, "base") else leaf
         except ValueError as error:
             raise ValueError(f"{'/'.join(path)}: {error}") from None
 
@@ -450,9 +451,26 @@ def set_scale(params: Params, scale: float, name: str | None = None) -> Params:
     return map_weights(each, params)
 
 
-def place(params: Params, shardings: Any) -> Params:
-    """Puts a tree on devices: `shardings` is a sharding, or a tree of them that `params`' structure refines."""
-    return jax.device_put(params, shardings)
+def place(params: Params, shardings: Any = None) -> Params:
+    """Puts a tree on devices, and reads what is still on disk (``models.load(..., lazy=True)``) straight into place.
+
+    Args:
+        params: the tree.
+        shardings: a sharding, or a tree of them that `params`' structure refines; None leaves arrays where they are
+            and reads the rest onto the default device.
+    """
+    unread = any(map(on_disk.is_on_disk, weights(params)))
+    if shardings is not None and not unread:
+        return jax.device_put(params, shardings)
+
+    def put(sharding: Any, part: Params) -> Params:
+        def each(leaf: Any) -> Any:
+            return on_disk.place(leaf, sharding) if on_disk.is_on_disk(leaf) else jax.device_put(leaf, sharding)
+
+        return jax.tree.map(each, part, is_leaf=on_disk.is_on_disk)
+
+    placed = params if shardings is None else jax.tree.map(put, shardings, params)
+    return map_weights(lambda w: w.materialise() if on_disk.is_on_disk(w) else w, placed) if unread else placed
 
 
 # -- counting ---------------------------------------------------------------------------------------------------------

@@ -397,6 +397,10 @@ def smollm2():
 
 def test_smollm2():
     model = models.load(smollm2(), dtype="bfloat16")
+    lazy = models.load(smollm2(), lazy=True)
+    kernels = [m.params["model"]["layers"]["self_attn"]["k_proj"]["kernel"] for m in (model, lazy)]
+    assert kernels[1].names[29].startswith("model.layers.29.self_attn.k_proj.weight of ")
+    np.testing.assert_array_equal(kernels[1].layer(3).astype(kernels[0].dtype), kernels[0][3])
     ids = model.tokenizer.encode("The capital of France is")
     assert ids == [504, 3575, 282, 4649, 314]
     logits = np.asarray(jax.jit(model.forward)(model.params, np.array([ids]))[0], np.float32)

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 import peft_jax as pj
 from peft_jax import models
-from peft_jax.models import checkpoint, llama
+from peft_jax.models import checkpoint, llama, reader, writing
 
 SIZES = {"vocab_size": 96, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2}
 GQA = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3}
@@ -149,7 +149,7 @@ def test_gpt2_with_bare_names_and_old_buffers(tmp_path):
 class Counted:
     """A reader that counts what is read."""
 
-    inner: checkpoint.SafeTensors
+    inner: reader.SafeTensors
     read_size: int = 0
 
     def __getattr__(self, name):
@@ -168,7 +168,7 @@ def test_arrays_are_created_in_their_shardings(directory, monkeypatch):
     monkeypatch.setattr(
         models.loading,
         "open_safetensors",
-        lambda path: readers.append(Counted(checkpoint.open_safetensors(path))) or readers[-1],
+        lambda path: readers.append(Counted(reader.open_safetensors(path))) or readers[-1],
     )
 
     def rule(path, leaf):
@@ -210,12 +210,12 @@ def test_memory_stays_within_the_model_and_a_layer(tmp_path):
     )
     abstract = jax.eval_shape(lambda key: llama.init(key, config), jax.random.key(0))
     params = jax.tree.map(lambda x: np.full(x.shape, 0.5, np.float32), abstract)
-    checkpoint.write_params(tmp_path, params, llama.tensors(config), 8)
+    writing.write_params(tmp_path, params, llama.tensors(config), 8)
     size, layer = pj.count(abstract).bytes, pj.count(abstract["model"]["layers"]).bytes // 8
     del params
-    reader = checkpoint.open_safetensors(tmp_path)
+    source = reader.open_safetensors(tmp_path)
     tracemalloc.start()
-    loaded = checkpoint.read_params(reader, llama.tensors(config), abstract, 8)
+    loaded = checkpoint.read_params(source, llama.tensors(config), abstract, 8)
     assert tracemalloc.get_traced_memory()[1] < size + layer
     tracemalloc.stop()
     assert loaded["model"]["layers"]["mlp"]["up_proj"]["kernel"][7, 3, 5] == 0.5
@@ -332,12 +332,12 @@ def test_damaged_directories_are_refused(copy, damage, message):
 def test_a_table_that_misses_a_leaf_is_an_error(directory):
     model = models.load(directory)
     table = [t for t in llama.tensors(model.config) if "norm" not in t.source]
-    reader = checkpoint.open_safetensors(directory)
+    source = reader.open_safetensors(directory)
     with pytest.raises(ValueError, match="the leaf model/layers/input_layernorm/scale is not part of the source model"):
-        checkpoint.read_params(reader, table, model.params, 3)
+        checkpoint.read_params(source, table, model.params, 3)
     del model.params["lm_head"]
     with pytest.raises(ValueError, match=r"the tree lacks lm_head/kernel, which holds lm_head.weight"):
-        checkpoint.read_params(reader, llama.tensors(model.config), model.params, 3)
+        checkpoint.read_params(source, llama.tensors(model.config), model.params, 3)
 
 
 def test_names_that_are_nowhere(tmp_path, monkeypatch, directory):
@@ -375,7 +375,7 @@ def interrupted_writing(monkeypatch):
             raise KeyboardInterrupt
         save_file(tensors, file, metadata)
 
-    monkeypatch.setattr(checkpoint, "save_file", save_half)
+    monkeypatch.setattr(writing, "save_file", save_half)
 
 
 def interrupted_renaming(monkeypatch):

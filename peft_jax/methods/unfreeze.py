@@ -5,6 +5,7 @@ from jaxtyping import Array
 
 from peft_jax import trees
 from peft_jax.core import Forward, Method, Params
+from peft_jax.on_disk import read
 from peft_jax.trees import Pattern, Site
 from peft_jax.weights import Leaf, Unfrozen, innermost, is_weight, rebase
 
@@ -41,6 +42,7 @@ def _unfreeze(site: Site | None, leaf: Leaf, keep_base: bool, name: str) -> Leaf
     for other in trees.weights(leaf):
         if isinstance(other, Unfrozen):
             raise ValueError(f"{'/'.join(site.path)} is already trained whole, by the method named {other.name!r}")
+    leaf = read(leaf)
     if is_weight(innermost(leaf)):
         kind = type(innermost(leaf)).__name__
         raise TypeError(

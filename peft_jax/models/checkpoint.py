@@ -1,4 +1,4 @@
-"""Checkpoints by tensor name: from safetensors (or anything with a `Reader`) to our tree, and back.
+"""Checkpoints by tensor name: from safetensors (or anything with a `Reader`) to our tree.
 
 A family's table of `Tensor`s says where each tensor goes.  Reading is strict: the first missing, extra or misshapen
 tensor raises.  Nothing holds two copies of a model: a leaf is filled layer by layer, in blocks, straight from the
@@ -6,22 +6,20 @@ mapped file, and with shardings each device gets only the slices it keeps.
 """
 
 import functools
-import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from pathlib import Path as File
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from peft_jax.core import Params, Path
+from peft_jax.models.quantised import EMPTY, Packed, find
 from peft_jax.models.tensors import Tensor, unrolled
+from peft_jax.on_disk import Index, OnDisk, Reader, aligned, once, whole
 from peft_jax.trees import leaves, path_of
+from peft_jax.weights import Leaf
 
-Index = tuple[slice, ...]  # a region of an array, each slice with its start and stop
 BLOCK = 64 << 20  # bytes of a source that are read, converted and transposed at a time
 
 # Buffers that old checkpoints carry and no model needs: they are computed from the config.
@@ -30,100 +28,19 @@ COPY, ZERO = re.compile(r"^lm_head\.weight$|\.embed_tokens\.weight$"), re.compil
 HARMLESS = re.compile(r"rotary_emb\.inv_freq$|(^|\.)attn\.(masked_)?bias$|embeddings\.position_ids$")
 
 
-@runtime_checkable
-class Reader(Protocol):
-    """A checkpoint whose tensors can be read by their Hugging Face names, a region at a time."""
-
-    @property
-    def source(self) -> str:
-        """The file or folder, for messages."""
-
-    def names(self) -> Collection[str]: ...
-
-    def shape(self, name: str) -> tuple[int, ...]: ...
-
-    def read(self, name: str, index: Index) -> np.ndarray: ...
-
-
-# -- safetensors ------------------------------------------------------------------------------------------------------
-
-
-class SafeTensors(NamedTuple):
-    """A `Reader` of safetensors: where each tensor lies, and its shape."""
-
-    source: str
-    tensors: Mapping[str, tuple[File, tuple[int, ...]]]
-
-    def names(self) -> Collection[str]:
-        return self.tensors.keys()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.tensors[name][1]
-
-    def read(self, name: str, index: Index) -> np.ndarray:
-        # The file is mapped for one read only, so that pages already copied do not count as ours.
-        with safe_open(self.tensors[name][0], "numpy") as mapped:
-            return mapped.get_slice(name)[index]
-
-
-def open_safetensors(folder: File) -> SafeTensors:
-    """Opens ``model.safetensors``, or the shards that ``model.safetensors.index.json`` lists.
-
-    Raises:
-        ValueError: if the folder holds no safetensors, a listed shard or tensor is missing, or a file is damaged.
-    """
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    listed: dict[str, str] = {}
-    if single.is_file():
-        files = [single]
-    elif index.is_file():
-        listed = read_json(index).get("weight_map", {})
-        if strays := sorted({name for name in listed.values() if File(name).name != name}):
-            raise ValueError(f"{index} points outside its folder, to {strays[0]}")
-        files = [folder / name for name in sorted(set(listed.values()))]
-    else:
-        raise ValueError(_no_weights(folder))
-    tensors: dict[str, tuple[File, tuple[int, ...]]] = {}
-    for file in files:
-        if not file.is_file():
-            raise ValueError(f"{index} lists {file.name}, which is not there: download it again")
-        try:
-            with safe_open(file, "numpy") as mapped:
-                tensors |= {name: (file, tuple(mapped.get_slice(name).get_shape())) for name in mapped.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{file} is cut short or is not a safetensors file: download it again ({error})") from None
-    if absent := sorted(listed.keys() - tensors.keys()):
-        raise ValueError(f"{index} lists {absent[0]}, which {listed[absent[0]]} does not hold")
-    return SafeTensors(str(folder), tensors)
-
-
-def _no_weights(folder: File) -> str:
-    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(pattern))
-    if pickles:
-        return (
-            f"{folder} holds {pickles[0]}, a pickle, which can run any code when it is opened: in an environment that "
-            "you trust it with, convert it by transformers' AutoModelForCausalLM (an encoder: AutoModel)"
-            ".from_pretrained(folder).save_pretrained(new_folder)"
-        )
-    return f"{folder} holds neither model.safetensors nor model.safetensors.index.json"
-
-
-def read_json(file: File) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
-
-
 # -- the plan ---------------------------------------------------------------------------------------------------------
 
 
 class Slot(NamedTuple):
-    """Where one layer's matrix of a leaf lies in the source: from column `start` of a tensor, in our layout."""
+    """Where one layer's matrix of a leaf lies in the source: from column `start` of a tensor, in our layout.
+
+    `stem` is the name of its module: what the source calls it, or what `select` calls a part of a tensor.
+    """
 
     source: str
     transpose: bool
     start: int
+    stem: str
 
 
 class Plan(NamedTuple):
@@ -131,11 +48,13 @@ class Plan(NamedTuple):
 
     slots     for each leaf, where its layers' matrices lie
     parts     for each tensor, whether it is transposed, and the leaves it is made of (each with a layer, if stacked)
+    stems     for each tensor, the names of its parts' modules
     shapes    for each tensor, its shape in the source
     """
 
     slots: dict[Path, list[Slot]]
     parts: dict[str, tuple[bool, list[tuple[Path, int | None]]]]
+    stems: dict[str, tuple[str, ...]]
     shapes: dict[str, tuple[int, ...]]
 
 
@@ -145,39 +64,51 @@ def plan(params: Params, tensors: Sequence[Tensor], layers: int, scan: bool) -> 
     Raises:
         ValueError: if the tree lacks a leaf of the table, or the table a leaf of the tree.
     """
-    tree, made = leaves(params), Plan({}, {}, {})
+    tree, made = leaves(params), Plan({}, {}, {}, {})
     for tensor in tensors:
         for layer in range(tensor.layers or layers) if tensor.layered else (0,):
             source, start, parts = tensor.source.format(layer=layer), 0, []
-            for path in tensor.paths:
+            alone = (tensor.source.removesuffix(".weight"),)
+            stems = tuple(name.format(layer=layer) for name in (tensor.names if len(tensor.paths) > 1 else alone))
+            for path, stem in zip(tensor.paths, stems, strict=True):
                 where = unrolled(path, layer) if tensor.layered and not scan else tuple(path.split("/"))
                 if where not in tree:
                     raise ValueError(f"the tree lacks {'/'.join(where)}, which holds {source}")
                 stacked = tensor.layered and scan
                 shape = tuple(tree[where].shape[1:] if stacked else tree[where].shape)
-                made.slots.setdefault(where, []).append(Slot(source, tensor.transpose, start))
+                made.slots.setdefault(where, []).append(Slot(source, tensor.transpose, start, stem))
                 parts.append((where, layer if stacked else None))
                 start += shape[-1]
             shape = (*shape[:-1], start)
-            made.parts[source] = tensor.transpose, parts
+            made.parts[source], made.stems[source] = (tensor.transpose, parts), stems
             made.shapes[source] = shape[::-1] if tensor.transpose else shape
     if strays := tree.keys() - made.slots.keys():
         raise ValueError(f"the leaf {'/'.join(min(strays))} is not part of the source model, so no tensor can hold it")
     return made
 
 
-def locate(reader: Reader, shapes: Mapping[str, tuple[int, ...]], unused: str = "") -> dict[str, str]:
-    """The name under which a checkpoint holds each tensor, after checking that it holds these and nothing else.
+def resolver(names: Collection[str]) -> Callable[[str], str]:
+    """From our name of a tensor or module to the one that a checkpoint has among `names`, or "".
 
     A checkpoint saved from the bare model lacks the first part of the names (``transformer.h.0…`` is ``h.0…``), and one
     saved with a head has it where the bare model does not (``encoder.layer.0…`` is ``bert.encoder.layer.0…``).
     """
-    stored = set(reader.names())
+    stored = set(names)
     inner = {name.partition(".")[2]: name for name in stored}
-    bare = {source: source.partition(".")[2] for source in shapes}
-    options = {source: (source, bare[source], inner.get(source, "")) for source in shapes}
-    found = {source: next((name for name in names if name in stored), "") for source, names in options.items()}
-    found = {source: name for source, name in found.items() if name}
+
+    def resolve(name: str) -> str:
+        options = (name, name.partition(".")[2], inner.get(name, ""))
+        return next((option for option in options if option in stored), "")
+
+    return resolve
+
+
+def locate(
+    reader: Reader, shapes: Mapping[str, tuple[int, ...]], unused: str = "", packed: Packed = EMPTY
+) -> dict[str, str]:
+    """The name under which a checkpoint holds each tensor, after checking that it holds these, `packed`, no other."""
+    stored, resolve = set(reader.names()), resolver(reader.names())
+    found = {source: name for source in shapes if (name := resolve(source))}
     if missing := [source for source in shapes if source not in found]:
         more = f", nor {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(f"{reader.source} does not hold the tensor {missing[0]} {list(shapes[missing[0]])}{more}")
@@ -187,10 +118,11 @@ def locate(reader: Reader, shapes: Mapping[str, tuple[int, ...]], unused: str = 
                 f"{reader.source} holds {name} with shape {list(reader.shape(name))}, "
                 f"and its config asks for {list(shapes[source])}"
             )
-    for name in sorted(stored - set(found.values())):
+    for name in sorted(stored - set(found.values()) - packed.tensors):
         if unused and re.search(unused, name):
             continue
-        if ZERO.search(name) and not np.any(reader.read(name, tuple(slice(0, n) for n in reader.shape(name)))):
+        may_be_zero = ZERO.search(name) or name in packed.zeros
+        if may_be_zero and not np.any(reader.read(name, whole(reader.shape(name)))):
             continue
         if not HARMLESS.search(name) and not (COPY.search(name) and _is_copy(reader, name, found.values())):
             raise ValueError(
@@ -222,6 +154,8 @@ def read_params(
     scan: bool = True,
     shardings: Any = None,
     unused: str = "",
+    lazy: bool = False,
+    quantised: Any = None,
 ) -> Params:
     """Fills an abstract tree from a checkpoint, each leaf in the dtype that the tree asks for.
 
@@ -231,19 +165,28 @@ def read_params(
         abstract: the tree as `jax.ShapeDtypeStruct`s.
         shardings: a sharding, or a tree of them that `abstract` refines; each device then gets only its own slices.
         unused: a pattern of the names that the checkpoint may hold beside: other heads, say.
+        lazy: leaves matrices on disk (`peft_jax.on_disk`), and reads vectors, which are small.
+        quantised: the checkpoint's quantization_config: what it keeps in few bits becomes leaves that hold the same.
 
     Raises:
         ValueError: if a tensor is missing, extra or misshapen, with its name, its shapes and the file.
     """
     made = plan(abstract, tensors, layers, scan)
-    names = locate(reader, made.shapes, unused)
+    packed = find(reader, made.slots, leaves(abstract), quantised, resolver) if quantised else EMPTY
+    left = {slot.source for path, slots in made.slots.items() if path not in packed.leaves for slot in slots}
+    names = locate(reader, {name: shape for name, shape in made.shapes.items() if name in left}, unused, packed)
 
-    def create(keys: Any, leaf: Any, sharding: Any = None) -> jax.Array:
+    def create(keys: Any, leaf: Any, sharding: Any = None) -> Leaf:
+        if path_of(keys) in packed.leaves:
+            return _unpacked(packed.leaves[path_of(keys)], "/".join(path_of(keys)), sharding)
         slots = [slot._replace(source=names[slot.source]) for slot in made.slots[path_of(keys)]]
         fill = functools.partial(_fill, reader, slots, leaf)
+        if lazy and len(reader.shape(slots[0].source)) == 2:
+            where = tuple(f"{slot.source} of {reader.source}" for slot in slots)
+            return OnDisk(tuple(leaf.shape), str(leaf.dtype), fill, where)
         if sharding is None:
-            return jax.device_put(fill(_whole(leaf.shape)))
-        return jax.make_array_from_callback(leaf.shape, sharding, _once(fill, leaf.shape))
+            return jax.device_put(fill(whole(leaf.shape)))
+        return jax.make_array_from_callback(leaf.shape, sharding, once(fill, leaf.shape))
 
     if shardings is None:
         return jax.tree_util.tree_map_with_path(create, abstract)
@@ -251,26 +194,18 @@ def read_params(
     return jax.tree_util.tree_map_with_path(create, abstract, spread)
 
 
-def _whole(shape: Sequence[int]) -> Index:
-    return tuple(slice(0, n) for n in shape)
-
-
-def _once(fill: Callable[[Index], np.ndarray], shape: Sequence[int]) -> Callable[[Any], np.ndarray]:
-    """Devices that hold the same region share one read."""
-    seen: dict[tuple[tuple[int, int, int], ...], np.ndarray] = {}
-
-    def region(index: Any) -> np.ndarray:
-        key = tuple(s.indices(n) for s, n in zip(index, shape, strict=True))
-        if key not in seen:
-            seen[key] = fill(tuple(slice(start, stop) for start, stop, _ in key))
-        return seen[key]
-
-    return region
+def _unpacked(make: Callable[[], Leaf], where: str, sharding: Any) -> Leaf:
+    if sharding is None or sharding.is_fully_replicated:
+        return make() if sharding is None else jax.device_put(make(), sharding)
+    raise ValueError(
+        f"{where} is kept in few bits, whose codes no sharding of the plain array fits: load the checkpoint without "
+        "shardings=, and give pj.place shardings of its own leaves"
+    )
 
 
 def _fill(reader: Reader, slots: Sequence[Slot], leaf: Any, index: Index) -> np.ndarray:
     """A region of a leaf, read matrix by matrix."""
-    out = _aligned(tuple(s.stop - s.start for s in index), leaf.dtype)
+    out = aligned(tuple(s.stop - s.start for s in index), leaf.dtype)
     if len(index) == len(reader.shape(slots[0].source)):  # not stacked
         _read_matrix(reader, slots[0], index, out)
         return out
@@ -289,56 +224,3 @@ def _read_matrix(reader: Reader, slot: Slot, index: Index, out: np.ndarray) -> N
         stop = min(start + step, first.stop)
         block = reader.read(slot.source, (slice(start, stop), *rest))
         out[start - first.start : stop - first.start] = block.astype(out.dtype)
-
-
-def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An empty array that JAX's CPU backend can take over without a copy, which it does at 64-byte addresses."""
-    size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-    raw = np.empty(size + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + size].view(dtype).reshape(shape)
-
-
-# -- writing ----------------------------------------------------------------------------------------------------------
-
-
-def write_params(
-    folder: File,
-    params: Params,
-    tensors: Sequence[Tensor],
-    layers: int,
-    scan: bool = True,
-    *,
-    shard_bytes: int = 2_000_000_000,
-) -> None:
-    """Writes plain arrays as safetensors under their Hugging Face names, in shards of at most `shard_bytes`.
-
-    One shard is held in memory at a time.  A tensor larger than `shard_bytes` gets a shard of its own.
-    """
-    made, tree = plan(params, tensors, layers, scan), leaves(params)
-    sizes = {
-        source: int(np.prod(shape)) * np.dtype(tree[made.parts[source][1][0][0]].dtype).itemsize
-        for source, shape in made.shapes.items()
-    }
-    shards: list[list[str]] = [[]]
-    for source, size in sizes.items():
-        if shards[-1] and sum(sizes[name] for name in shards[-1]) + size > shard_bytes:
-            shards.append([])
-        shards[-1].append(source)
-
-    def gather(source: str) -> np.ndarray:
-        transpose, parts = made.parts[source]
-        arrays = [np.asarray(tree[path] if layer is None else tree[path][layer]) for path, layer in parts]
-        whole = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, -1)
-        return np.ascontiguousarray(whole.T if transpose else whole)
-
-    weight_map: dict[str, str] = {}
-    for number, sources in enumerate(shards, 1):
-        one = len(shards) == 1
-        name = "model.safetensors" if one else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        # transformers refuses files that do not name a format.
-        save_file({source: gather(source) for source in sources}, folder / name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(sources, name)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -22,13 +22,19 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 
+from peft_jax import trees
 from peft_jax.core import Forward, Params
 from peft_jax.files import replacing
 from peft_jax.interop import gguf
 from peft_jax.interop.gguf_tokenizer import read_tokenizer
-from peft_jax.models.checkpoint import Reader, open_safetensors, read_json, read_params, write_params
+from peft_jax.models import quantised
+from peft_jax.models.checkpoint import read_params
 from peft_jax.models.families import family
-from peft_jax.trees import ADDED, bare, weights
+from peft_jax.models.reader import open_safetensors, read_json
+from peft_jax.models.writing import write_params
+from peft_jax.on_disk import OnDisk, Reader
+from peft_jax.quant.frozen import Frozen
+from peft_jax.trees import ADDED, leaves, weights
 from peft_jax.weights import Unfrozen
 
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "spm.model")
@@ -48,7 +54,7 @@ TOKENIZERS = ("tokenizer.json", *SENTENCEPIECE, "tokenizer_config.json", "vocab.
 class Model:
     """A language model.
 
-    params      its parameter tree, plain arrays
+    params      its parameter tree: plain arrays, or what the source keeps in few bits as such leaves
     forward     its pure forward function: ``forward(params, tokens) -> logits``
     config      its transformers config
     tokenizer   its transformers tokenizer, or None
@@ -118,6 +124,7 @@ def load(
     head: str | None = None,
     labels: int | None = None,
     key: Array | None = None,
+    lazy: bool = False,
 ) -> Model:
     """A pretrained model, from a ``.gguf`` file, a Hugging Face directory, or (online) a name on the Hugging Face Hub.
 
@@ -133,6 +140,8 @@ def load(
             does not hold is new: random, and it trains (its leaves are those of `methods.unfreeze`).
         labels: how many labels the head chooses from; by default the config's.
         key: from which a new head is drawn; by default ``jax.random.key(0)``.
+        lazy: leaves every matrix on disk.  `quant.quantise` then reads, packs and frees one layer at a time, adapters
+            go on top without reading, and `pj.place` reads the rest, into shardings if need be.
 
     Raises:
         ValueError: if the source is damaged, pickled, of an unknown architecture, or does not match its config: a
@@ -142,6 +151,8 @@ def load(
 
     Departures: transformers fills missing tensors with random numbers and passes over extra ones, with a warning.
     """
+    if lazy and shardings is not None:
+        raise ValueError("lazy=True leaves matrices on disk: give the shardings to pj.place, which reads them")
     path = File(source).expanduser()
     if isinstance(tokenizer, str | os.PathLike):
         tokenizer = _tokenizer(File(tokenizer))
@@ -157,17 +168,19 @@ def load(
     key = jax.random.key(0) if key is None else key
     abstract, layers = jax.eval_shape(init, key), found.config.num_hidden_layers
     tensors = module.tensors(found.config, head) if module.HEADS else module.tensors(found.config)
+    fields = getattr(found.config, "quantization_config", None)
+    fields = quantised.check(fields, str(path)) if fields else None
     new = [t for t in tensors if head is not None and t.source.startswith(NEW)]
     if new and not any(t.source in found.reader.names() for t in new):
         tensors = tuple(t for t in tensors if t not in new)
         tops = {t.paths[0].split("/")[0] for t in new}
         rest = {name: part for name, part in abstract.items() if name not in tops}
-        params = read_params(found.reader, tensors, rest, layers, scan, shardings, module.UNUSED)
+        params = read_params(found.reader, tensors, rest, layers, scan, shardings, module.UNUSED, lazy, fields)
         fresh = jax.jit(lambda key: {name: init(key)[name] for name in tops})(key)
         params |= jax.tree.map(lambda x: Unfrozen(x, jnp.copy(x), name="head"), fresh)
-        forward = bare(forward, "head")
+        forward = trees.bare(forward, "head")
     else:
-        params = read_params(found.reader, tensors, abstract, layers, scan, shardings, module.UNUSED)
+        params = read_params(found.reader, tensors, abstract, layers, scan, shardings, module.UNUSED, lazy, fields)
     return Model(params, forward, found.config, found.tokenizer, found.generation, head)
 
 
@@ -200,8 +213,7 @@ def _config(folder: File) -> Any:
         raise ValueError(f"{file} does not name a model_type")
     family(fields["model_type"])
     if "quantization_config" in fields:
-        method = fields["quantization_config"].get("quant_method", "?")
-        raise ValueError(f"{folder} holds weights quantised by {method}: load the original model, and quantise it here")
+        quantised.check(fields["quantization_config"], str(folder))
     return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
 
 
@@ -247,6 +259,9 @@ def save(
 ) -> None:
     """Writes a directory that transformers loads: safetensors, config, generation config and tokenizer.
 
+    Leaves stored in few bits are saved as they are: in bitsandbytes' or GPTQ's format where that loses nothing and all
+    are alike, or else in our own, which `load` alone reads (`peft_jax.models.quantised`).
+
     The directory appears whole or not at all: it is written beside its place, then renamed; a saved model that was
     there is replaced.
 
@@ -257,11 +272,11 @@ def save(
         shard_bytes: the largest file, unless a single tensor is larger.
 
     Raises:
-        ValueError: if the tree holds typed leaves (merge them first), or is not a tree of this model.
+        ValueError: if the tree holds adapters (merge them first), or is not a tree of this model.
         FileExistsError: if the directory holds anything that is not part of a saved model.
     """
     params = model.params if params is None else params
-    if typed := weights(params):
+    if typed := [w for w in weights(params) if not isinstance(w, Frozen | OnDisk)]:
         raise ValueError(
             f"the tree holds {type(typed[0]).__name__} leaves: merge them first, save(…, pj.merge(params))"
         )
@@ -277,11 +292,16 @@ def save(
 def _write(folder: File, model: Model, params: Params, shard_bytes: int) -> None:
     config = copy.deepcopy(model.config)
     config.architectures = [_architecture(config, model.head)]
-    config.dtype = str(jax.tree.leaves(params)[0].dtype)
+    plain = [leaf for leaf in leaves(params).values() if not isinstance(leaf, Frozen)]
+    config.dtype = str(plain[0].dtype)
     scan = not any(name.startswith("layers_") for name in _names(params))
     module = family(config.model_type)
     tensors = module.tensors(config, model.head) if module.HEADS else module.tensors(config)
-    write_params(folder, params, tensors, config.num_hidden_layers, scan, shard_bytes=shard_bytes)
+    layers, bare = config.num_hidden_layers, bool(module.HEADS) and model.head is None
+    fields = write_params(folder, params, tensors, layers, scan, shard_bytes=shard_bytes, bare=bare)
+    config.__dict__.pop("quantization_config", None)
+    if fields:
+        config.quantization_config = fields
     config.save_pretrained(folder)
     if model.generation is not None:
         model.generation.save_pretrained(folder)

@@ -1,9 +1,11 @@
 """What the quantised leaves share: a frozen array that is dequantised where it is used, and again in the backward pass.
 
 The memory that a few bits save is lost if the backward pass keeps what the forward pass dequantised.  So `linear` and
-`unembed` here have their own backward rule, which keeps the leaf itself and dequantises it once more.
+`unembed` here have their own backward rule, which keeps the leaf itself and dequantises it once more: both passes are
+products with the leaf, `Frozen.times`, which a format may carry out as it likes (`peft_jax.quant.kernels`).
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -20,12 +22,14 @@ class Frozen(Weight):
     """A leaf that stores one array, and trains nothing.
 
     A subclass has `codes`, two axes behind the leading ones; the static fields `matrix`, the shape of one layer, and
-    `stored`, the dtype that it stands for; and it defines `dequantise`, the array of one layer.
+    `stored`, the dtype that it stands for; and it defines `dequantise`, the array of one layer.  `implementation` says
+    which code multiplies by it: see `peft_jax.quant.kernels`.
     """
 
     codes: Any
     matrix: Any
     stored: str
+    implementation: str = "xla"
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -33,6 +37,10 @@ class Frozen(Weight):
 
     def dequantise(self) -> Array:
         raise TypeError(f"{type(self).__name__} does not say which array it stands for")
+
+    def times(self, x: Array, transpose: bool) -> Array:
+        """``x W``, or ``x Wᵀ``, of one layer, in the dtype of `x`; without a backward rule of its own."""
+        return (unembed if transpose else linear)(x, tied(self, x).dequantise())
 
     def like(self, array: Array) -> "Frozen":
         """Another array, stored as this one is."""
@@ -60,53 +68,60 @@ class Frozen(Weight):
 def _product(x: Array, w: Frozen, transpose: bool) -> Array:
     @jax.custom_vjp
     def product(x: Array, w: Frozen) -> Array:
-        return (unembed if transpose else linear)(x, _tied(w, x).dequantise())
+        return w.times(x, transpose)
 
     def forth(x: Array, w: Frozen) -> tuple[Array, Frozen]:
         return product(x, w), w
 
     def back(w: Frozen, g: Array) -> tuple[Array, None]:
-        return (linear if transpose else unembed)(g, _tied(w, g).dequantise()), None
+        return w.times(g, not transpose), None
 
     product.defvjp(forth, back)
     return product(x, w)
 
 
-def _tied(w: Frozen, x: Array) -> Frozen:
+def tied(w: Frozen, x: Array) -> Frozen:
     """The same leaf, whose codes and scales depend on what they meet, so that nothing is made of them before.
 
     Otherwise the compiler would dequantise all layers at once, or find that the forward pass has dequantised the same
     codes, and keep the result all the way (an optimization_barrier is gone before it looks).
     """
-    never = _never(x)
+    flag = never(x)
 
     def each(x: Array) -> Array:
         if jnp.issubdtype(x.dtype, jnp.integer):
-            return x ^ never.astype(x.dtype)
-        return jnp.where(never, jnp.zeros((), x.dtype), x)  # a scale for each number is as large as the numbers
+            return x ^ flag.astype(x.dtype)
+        return jnp.where(flag, jnp.zeros((), x.dtype), x)  # a scale for each number is as large as the numbers
 
     return jax.tree.map(each, w)
 
 
 @jax.custom_batching.custom_vmap
-def _never(x: Array) -> Array:
+def never(x: Array) -> Array:
     """False, of any number and of NaN; no compiler looks through it."""
     first = x[(0,) * x.ndim]
     return (first != first) & (first == first)
 
 
-@_never.def_vmap
+@never.def_vmap
 def _never_of_several(size: int, batched: list[bool], x: Array) -> tuple[Array, bool]:
-    return _never(x[0]), False  # one flag for all: the codes they share are dequantised once
+    return never(x[0]), False  # one flag for all: the codes they share are dequantised once
 
 
-def each_layer(fn: Callable[[Array], Any], array: Array) -> Any:
-    """``fn`` of each layer's matrix, a layer at a time: several at once would need many times the memory."""
+def each_layer(fn: Callable[..., Any], array: Array, *options: Any) -> Any:
+    """``fn(*options, matrix)`` of each layer, a layer at a time: several at once would need many times the memory.
+
+    `fn` and `options` must be hashable: leaves of one shape share one program, and layers that come one by one
+    (`peft_jax.on_disk`) give the bits that they give together.
+    """
+    return _each_layer(fn, options, array)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _each_layer(fn: Callable[..., Any], options: tuple[Any, ...], array: Array) -> Any:
     lead = array.shape[:-2]
-    if not lead:
-        return jax.jit(fn)(array)
     flat = array.reshape(math.prod(lead), *array.shape[-2:])
-    found = jax.jit(lambda x: jax.lax.map(fn, x))(flat)
+    found = jax.lax.map(lambda w: fn(*options, w), flat)
     return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), found)
 
 

@@ -12,7 +12,6 @@ Departures: the group's range always includes 0, as in GPTQ's code, so that 0 is
 """
 
 import dataclasses
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -44,6 +43,7 @@ class GroupedInt(Frozen):
     stored: str = static(default="float32")
     bits: int = static(default=4)
     group_size: int = static(default=32)
+    implementation: str = static(default="xla")
 
     def like(self, array: Array) -> "GroupedInt":
         """Another array, stored as this one is."""
@@ -56,6 +56,11 @@ class GroupedInt(Frozen):
         grouped = codes.reshape(-1, self.group_size, outputs).astype(jnp.float32)
         step, zero = (x.astype(jnp.float32)[:, None, :] for x in (self.step, self.zero))
         return (step * (grouped - zero)).reshape(inputs, outputs).astype(self.stored)
+
+    def times(self, x: Array, transpose: bool) -> Array:
+        from peft_jax.quant import kernels  # which know this leaf
+
+        return kernels.times(x, self, transpose)
 
 
 class Format(NamedTuple):
@@ -79,7 +84,7 @@ class Format(NamedTuple):
                 f"{inputs} inputs are not a whole number of groups of {self.group_size}: choose a group_size that "
                 "divides them, or leave this leaf out of select"
             )
-        codes, step, zero = each_layer(functools.partial(_quantise, self), array)
+        codes, step, zero = each_layer(_quantise, array, self)
         refuse_unfinite((step, zero))
         return GroupedInt(codes, step, zero, tuple(array.shape[-2:]), str(array.dtype), self.bits, self.group_size)
 
@@ -144,11 +149,15 @@ def pack(codes: UInt8[Array, "inputs outputs"], bits: int) -> UInt32[Array, "wor
 def unpack(words: UInt32[Array, "words outputs"], bits: int, inputs: int) -> UInt8[Array, "inputs outputs"]:
     """The inverse of `pack`."""
     outputs = words.shape[-1]
+    mask = np.uint32(2**bits - 1)
+    if WORD % bits == 0:  # no code straddles two words
+        shifts = np.arange(0, WORD, bits, dtype=np.uint32)[None, :, None]
+        return (words[:, None] >> shifts & mask).astype(jnp.uint8).reshape(-1, outputs)[:inputs]
     wide = jnp.pad(words, ((0, -words.shape[0] % bits), (0, 0))).reshape(-1, bits, outputs)
-    mask, codes = np.uint32(2**bits - 1), []
-    for word, shift in zip(*_places(bits), strict=True):
-        code = wide[:, word] >> np.uint32(shift)
-        if shift + bits > WORD:
-            code |= wide[:, word + 1] << np.uint32(WORD - shift)
-        codes.append((code & mask).astype(jnp.uint8))
-    return jnp.stack(codes, 1).reshape(-1, outputs)[:inputs]
+    word, shift = _places(bits)
+    low = jnp.take(wide, word, axis=1, mode="clip") >> shift.astype(np.uint32)[None, :, None]
+    left = np.minimum(WORD - shift, WORD - 1).astype(np.uint32)[None, :, None]
+    high = jnp.take(wide, word + 1, axis=1, mode="clip") << left
+    straddles = jnp.asarray(shift + bits > WORD)[None, :, None]
+    codes = jnp.where(straddles, low | high, low) & mask
+    return codes.astype(jnp.uint8).reshape(-1, outputs)[:inputs]

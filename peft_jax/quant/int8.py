@@ -54,15 +54,7 @@ class Format(NamedTuple):
         Raises:
             ValueError: if a number is not finite.
         """
-
-        def one(w: Array) -> tuple[Array, Array]:
-            wide = w.astype(jnp.float32)
-            absmax = jnp.abs(wide).max(-2 if transposed else -1)
-            scale = jnp.where(absmax > 0, 127 / jnp.where(absmax > 0, absmax, 1), 0)
-            scale = scale[None, :] if transposed else scale[:, None]
-            return jnp.round(wide * scale).astype(jnp.int8), absmax
-
-        codes, absmax = each_layer(one, array)
+        codes, absmax = each_layer(_quantise, array, transposed)
         refuse_unfinite(absmax)
         return Int8(codes, absmax, str(array.dtype), transposed)
 
@@ -77,3 +69,12 @@ def int8() -> Format:
     8.125
     """
     return Format()
+
+
+def _quantise(transposed: bool, w: Array) -> tuple[Array, Array]:
+    """One layer's codes and absmax."""
+    wide = w.astype(jnp.float32)
+    absmax = jnp.abs(wide).max(-2 if transposed else -1)
+    scale = jnp.where(absmax > 0, 127 / jnp.where(absmax > 0, absmax, 1), 0)
+    scale = scale[None, :] if transposed else scale[:, None]
+    return jnp.round(wide * scale).astype(jnp.int8), absmax

@@ -3,7 +3,7 @@
     Q_t = q(W − s · A_{t−1} B_{t−1}),    s · A_t B_t = SVD_r(W − Q_t),    t = 1 … steps,    A_0 B_0 = 0
 
 Plain QLoRA begins at q(W), this at the ``Q + s · A B`` that the alternation finds, which is nearer to W.  Each of A and
-B takes the square root of the r largest singular values.  The first step gains most; later ones may lose a little of it.
+B takes the square root of the r largest singular values.  The first step gains most; later ones may lose a little.
 
 Source: Algorithm 1; yxli2123/LoftQ, utils.py; HF PEFT utils/loftq_utils.py, whose loop this is.
 
@@ -21,6 +21,7 @@ from jaxtyping import Array
 from peft_jax import trees
 from peft_jax.core import Forward, Method, Params, Path
 from peft_jax.methods.lora import lora, low_rank
+from peft_jax.on_disk import is_on_disk
 from peft_jax.quant.frozen import Frozen
 from peft_jax.quant.method import Format, check
 from peft_jax.trees import Pattern, Site
@@ -78,6 +79,7 @@ def loftq(
                 return leaf
             site, where = found[path], "/".join(path)
             check(site, leaf, name)
+            leaf = materialise(leaf) if is_on_disk(leaf) else leaf
             if is_weight(leaf):
                 raise ValueError(f"{where} is adapted already: begin with loftq, and adapt what it makes")
             if rank > min(site.matrix_shape(leaf)):

@@ -1,12 +1,16 @@
 """`quantise`: the frozen base of a model in few bits, as a method that chains with any other."""
 
+import math
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from peft_jax import trees
 from peft_jax.core import Forward, Method, Params
+from peft_jax.on_disk import OnDisk, is_on_disk, stacked
 from peft_jax.quant.frozen import Frozen
 from peft_jax.trees import Pattern, Site
 from peft_jax.weights import Leaf, Unfrozen, Weight, innermost, is_weight, materialise, rebase
@@ -19,15 +23,20 @@ class Format(Protocol):
     def quantise(self, array: Any, *, transposed: bool = True) -> Weight: ...
 
 
-def quantise(format: Format, select: Pattern = trees.LAYER_MATRICES, *, name: str = "quantise") -> Method:
+def quantise(
+    format: Format, select: Pattern = trees.LAYER_MATRICES, *, progress: bool = True, name: str = "quantise"
+) -> Method:
     """Stores the base of every leaf that `select` matches in few bits; whatever adapts a leaf goes on adapting it.
 
-    ``chain(quantise(nf4()), lora(8))`` is QLoRA, and so is ``chain(lora(8), quantise(nf4()))``.
+    ``chain(quantise(nf4()), lora(8))`` is QLoRA, and so is ``chain(lora(8), quantise(nf4()))``.  Leaves that are still
+    on disk (``models.load(..., lazy=True)``) are read, packed and freed a layer at a time; what `select` leaves out
+    stays on disk, for `pj.place` to read.
 
     Args:
         format: `nf4(…)`, `fp4(…)`, `int8()` or `grouped(…)`.
         select: a pattern over the model's names (see `pj.select`); by default every matrix of the layers, not the
             embedding or the head.
+        progress: shows a bar while layers are read from disk.
         name: what messages call it.
 
     Raises:
@@ -46,8 +55,13 @@ def quantise(format: Format, select: Pattern = trees.LAYER_MATRICES, *, name: st
     """
 
     def init(key: Array, params: Params, forward: Forward) -> Params:
+        from tqdm import tqdm
+
         found = trees.select(select, params, forward)
-        return trees.map_leaves(lambda path, leaf: _store(format, found.get(path), leaf, name), params)
+        bases = [innermost(leaf) for path, leaf in trees.leaves(params).items() if path in found]
+        layers = sum(math.prod(base.lead) for base in bases if is_on_disk(base))
+        with tqdm(total=layers, unit="matrix", desc=name, disable=not (progress and layers), dynamic_ncols=True) as bar:
+            return trees.map_leaves(lambda path, leaf: _store(format, found.get(path), leaf, name, bar), params)
 
     return Method(init)
 
@@ -65,14 +79,19 @@ def dequantise(params: Params) -> Params:
     return trees.map_leaves(lambda path, leaf: rebase(leaf, plain), params)
 
 
-def _store(format: Format, site: Site | None, leaf: Leaf, name: str) -> Leaf:
+def _store(format: Format, site: Site | None, leaf: Leaf, name: str, bar: Any) -> Leaf:
     if site is None:
         return leaf
     check(site, leaf, name)
+    base = innermost(leaf)
     try:
-        return rebase(leaf, lambda base: format.quantise(base, transposed=not site.embedding))
+        if is_on_disk(base):
+            packed = _stream(format, base, not site.embedding, bar)
+        else:
+            packed = format.quantise(base, transposed=not site.embedding)
     except ValueError as error:
-        raise ValueError(f"{'/'.join(site.path)}: {error}") from None
+        raise ValueError(f"{'/'.join(site.path)}{_unfinite(site, base)}: {error}") from None
+    return rebase(leaf, lambda _: packed)
 
 
 def check(site: Site, leaf: Leaf, name: str) -> None:
@@ -86,5 +105,28 @@ def check(site: Site, leaf: Leaf, name: str) -> None:
         )
     if any(isinstance(w, Unfrozen) for w in trees.weights(leaf)):
         raise TypeError(f"{where} trains whole and cannot be stored in few bits: leave it out of select")
-    if is_weight(innermost(leaf)):
-        raise ValueError(f"{where} is stored as {type(innermost(leaf)).__name__} already")
+    base = innermost(leaf)
+    if is_weight(base) and not is_on_disk(base):
+        raise ValueError(f"{where} is stored as {type(base).__name__} already")
+
+
+def _stream(format: Format, base: OnDisk, transposed: bool, bar: Any) -> Leaf:
+    """The leaf of an array that is on disk: one layer of it is in memory at a time."""
+
+    def make(number: int) -> Leaf:
+        try:
+            layer = format.quantise(jnp.asarray(base.layer(number)[None]), transposed=transposed)
+        except ValueError as error:
+            raise ValueError(f"{base.names[number]}: {error}") from None
+        bar.update()
+        return jax.tree.map(lambda x: np.asarray(x)[0], layer)
+
+    return stacked(base.lead, make)
+
+
+def _unfinite(site: Site, base: Leaf) -> str:
+    """Which layer of a stacked array is not finite, if one is."""
+    if not site.stacked or is_on_disk(base) or isinstance(base, jax.core.Tracer):
+        return ""
+    broken = [name for name, layer in zip(site.names, base, strict=True) if not np.isfinite(np.asarray(layer)).all()]
+    return f", {broken[0]}" if broken else ""

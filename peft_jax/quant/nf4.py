@@ -18,7 +18,6 @@ arXiv 2110.02861.  A block may have any even size, and an all-zero block is stor
 """
 
 import dataclasses
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -91,6 +90,7 @@ class FourBit(Frozen):
     block_size: int = static(default=64)
     kind: str = static(default="nf4")
     transposed: bool = static(default=True)
+    implementation: str = static(default="xla")
 
     def scales(self) -> Float[Array, "rows blocks"]:
         """absmax of one layer, in fp32."""
@@ -101,8 +101,14 @@ class FourBit(Frozen):
         wide = jnp.repeat(nested, NESTED, total_repeat_length=flat.size)
         # The product and the sum are rounded apart, as in bitsandbytes: a comparison that changes nothing stands
         # between them, for compilers fuse what follows directly (and see through lax.optimization_barrier).
-        product = jnp.maximum(jnp.asarray(DYNAMIC)[flat] * wide, jnp.finfo(jnp.float32).min)
+        product = jnp.maximum(_look_up(DYNAMIC, flat) * wide, jnp.finfo(jnp.float32).min)
         return (product + offset).reshape(codes.shape)
+
+    def rows(self) -> Array:
+        """The numbers of one layer as they are stored, a kernel's outputs (an embedding's tokens) in rows."""
+        values = self._rows(self.codes, self.scales())
+        stored = self.matrix[::-1] if self.transposed else self.matrix
+        return values.reshape(-1)[: math.prod(stored)].reshape(stored)
 
     def like(self, array: Array) -> "FourBit":
         """Another array, stored as this one is."""
@@ -111,8 +117,12 @@ class FourBit(Frozen):
 
     def dequantise(self) -> Array:
         """The array of one layer, in the weight's dtype."""
-        values = self._rows(self.codes, self.scales()).reshape(-1)[: math.prod(self.matrix)]
-        return values.reshape(self.matrix[::-1]).T if self.transposed else values.reshape(self.matrix)
+        return _turned(self) if self.transposed else self.rows()
+
+    def times(self, x: Array, transpose: bool) -> Array:
+        from peft_jax.quant import kernels  # which know this leaf
+
+        return kernels.times(x, self, transpose)
 
     def embed(self, ids: Int[Array, "..."]) -> Array:
         if self.transposed or self.codes.shape[0] == 1:
@@ -125,8 +135,41 @@ class FourBit(Frozen):
     def _rows(self, codes: UInt8[Array, "... bytes"], scales: Float[Array, "... blocks"]) -> Array:
         """The numbers of whole rows: fp32 products, rounded once."""
         nibbles = jnp.stack([codes >> 4, codes & 15], -1).reshape(*codes.shape[:-1], -1)
-        wide = jnp.repeat(scales, self.block_size, axis=-1, total_repeat_length=nibbles.shape[-1])
-        return (jnp.asarray(CODES[self.kind])[nibbles] * wide).astype(self.stored)
+        size, whole = self.block_size, nibbles.shape[-1] % self.block_size == 0
+        values = _look_up(CODES[self.kind], nibbles)
+        if whole:
+            wide = values.reshape(*scales.shape, size) * scales[..., None]
+        else:
+            wide = values * jnp.repeat(scales, size, axis=-1, total_repeat_length=nibbles.shape[-1])
+        return wide.reshape(nibbles.shape).astype(self.stored)
+
+
+def _look_up(table: np.ndarray, index: UInt8[Array, "..."]) -> Float[Array, "..."]:
+    # No index is beyond the table; to say so spares a comparison each, which costs more than the look-up.
+    return jnp.take(jnp.asarray(table), index, axis=0, mode="clip")
+
+
+TURNED = 64  # rows at once
+
+
+@jax.jit
+def _turned(w: FourBit) -> Array:
+    """The transpose of the rows, some at a time: what is turned over stays in the processor's cache."""
+    outputs = w.codes.shape[0]
+    if outputs <= TURNED:
+        return w.rows().T
+    scales = w.scales()
+    # Bits, not numbers: where a processor has no bf16, the whole array would be widened and narrowed at every turn.
+    bits = jnp.dtype(f"uint{8 * jnp.dtype(w.stored).itemsize}")
+
+    def turn(i: Array, whole: Array) -> Array:
+        first = jnp.minimum(i * TURNED, outputs - TURNED)
+        codes, scale = (jax.lax.dynamic_slice_in_dim(a, first, TURNED) for a in (w.codes, scales))
+        rows = jax.lax.bitcast_convert_type(w._rows(codes, scale), bits)
+        return jax.lax.dynamic_update_slice(whole, rows.T, (0, first))
+
+    turned = jax.lax.fori_loop(0, -(-outputs // TURNED), turn, jnp.zeros(w.matrix, bits))
+    return jax.lax.bitcast_convert_type(turned, w.stored)
 
 
 class Format(NamedTuple):
@@ -145,8 +188,7 @@ class Format(NamedTuple):
         matrix = tuple(array.shape[-2:])
         length = matrix[0] if transposed else matrix[1]
         rows = math.prod(matrix) // length if length % self.block_size == 0 else 1
-        one = functools.partial(_quantise, self, rows, transposed)
-        codes, absmax = each_layer(one, array)
+        codes, absmax = each_layer(_quantise, array, self, rows, transposed)
         refuse_unfinite(absmax)
         return FourBit(codes, absmax, matrix, str(array.dtype), self.block_size, self.kind, transposed)
 

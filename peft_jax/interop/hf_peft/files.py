@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from peft_jax.files import replacing
-from peft_jax.models.checkpoint import read_json
+from peft_jax.models.reader import read_json
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
