@@ -42,8 +42,9 @@ TABLES = (
     "prompt_ablation",
     "prefix_ablation",
     "p_tuning_v2_tasks",
-    "qlora_formats",
     "quant_perplexity",
+    "qlora_formats",
+    "qalora_merge",
 )
 RESULTS = Path(__file__).parent / "results"
 KINDS = ("train", "evaluate")  # of work

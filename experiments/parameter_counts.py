@@ -216,6 +216,11 @@ def qlora(model: str, exact: int, printed: str, where: str) -> Row:
     return Row(model, "QLoRA, r = 64", methods.qlora(64, 16), exact, printed, where)
 
 
+def qalora(model: str, exact: int, printed: str, where: str) -> Row:
+    """Every linear but the head, groups of 32 inputs."""
+    return Row(model, "QA-LoRA, r = 64, groups of 32", methods.qalora(64, 16), exact, printed, where)
+
+
 def vera(model: str, rank: int, exact: int, printed: str, where: str, why: str = "", *, which: str = "q, v") -> Row:
     method = methods.vera(rank) if which == "q, v" else methods.vera(rank, LINEARS)
     return Row(model, f"VeRA, {which}, r = {rank}", method, exact, printed, where, why)
@@ -297,6 +302,7 @@ ROWS: tuple[Row, ...] = (
     lora("ViT-L", 8, 786_432, "786.4K", f"{VERA}, images"),
     lora("Llama-7B", 64, 159_907_840, "159.9M", f"{VERA}, instructions", which="all seven linears"),
     qlora("Llama-7B", 159_907_840, "160M", f"{QALORA}, the cost of 10,000 steps"),
+    qalora("Llama-7B", 89_309_184, "89M", f"{QALORA}, the cost of 10,000 steps"),
     lora("Llama-13B", 64, 250_347_520, "250.3M", f"{VERA}, instructions", which="all seven linears"),
     # VeRA
     *(
