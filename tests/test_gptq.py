@@ -195,6 +195,13 @@ def test_errors_name_what_is_wrong() -> None:
         quant.gptq([zoo.TOKENS], passes=0)
     with pytest.raises(ValueError, match="block_size is 0: give how many"):
         quant.gptq([zoo.TOKENS], block_size=0)
+    padding = pj.Inputs(zoo.TOKENS, mask=jnp.zeros(zoo.TOKENS.shape, bool))
+    with pytest.raises(ValueError, match="hold padding alone: calibrate on rows"):
+        quant.gptq([padding], group_size=16, select="q_proj")(zoo.KEY, base, forward)
+    two = {name: {"kernel": jnp.eye(16)} for name in ("read", "unread")}
+    reads = pj.Forward(lambda params, inputs, ports: pj.linear(inputs.tokens, params["read"]["kernel"]))
+    with pytest.raises(ValueError, match=r"^unread meets no number but 0 in these batches: leave it out of select"):
+        quant.gptq([jnp.eye(16)], group_size=16, select="read")(zoo.KEY, two, reads)
     with pytest.raises(ValueError, match="embed_tokens/embedding is an embedding, which has no inputs"):
         quant.gptq([zoo.TOKENS], group_size=16, select="embed_tokens")(zoo.KEY, base, forward)
     with pytest.raises(ValueError, match=r"down_proj/kernel: 48 inputs are not a whole number of groups of 32"):

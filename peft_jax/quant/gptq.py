@@ -220,8 +220,9 @@ def gptq(
         name: what messages call it.
 
     Raises:
-        ValueError: on a number out of range; without batches; as `quant.quantise` does; on an embedding, which has
-            rows and no inputs (so a tied head stays as it is).
+        ValueError: on a number out of range; without batches, or with padding alone; as `quant.quantise` does; on a
+            kernel that the batches do not reach; on an embedding, which has rows and no inputs (so a tied head stays
+            as it is).
 
     >>> import jax, peft_jax as pj
     >>> from peft_jax import quant
@@ -253,6 +254,11 @@ def gptq(
             for place, h in zip(stage, measure(forward, base, inputs, found, stage), strict=True):
                 site, array = found[place.path], trees.leaves(base)[place.path]
                 w = array[place.layer] if site.stacked else array
+                if not isinstance(h, jax.core.Tracer) and not h.any():
+                    raise ValueError(
+                        f"{site.names[place.layer]} meets no number but 0 in these batches: leave it out of select, or "
+                        "calibrate on batches that reach it"
+                    )
                 try:
                     made[place] = _rounded(form, w, h)
                 except ValueError as error:

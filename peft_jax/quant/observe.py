@@ -113,6 +113,9 @@ def measure(
         forward, params: the model.
         sites: of the leaves that are ever measured, so that another choice of places compiles nothing anew.
         places: which of them are, now.
+
+    Raises:
+        ValueError: if every token is padding.
     """
     leaves = trees.leaves(params)
     # Layers of one leaf, or leaves of one name in unrolled layers, lie in one array, a slot each.
@@ -133,6 +136,8 @@ def measure(
         real = _real(inputs)
         tokens += inputs.tokens.size if real is None else int(real.sum())
         total = jax.tree.map(jnp.add, total, _grams(forward, tuple(sorted(kind.items())), blank, params, slot, inputs))
+    if not tokens:
+        raise ValueError("these batches hold padding alone: calibrate on rows with tokens")
     return [total[kind[place.path]][slots[kind[place.path]].index(place)] * (2 / tokens) for place in places]
 
 
