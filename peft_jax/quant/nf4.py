@@ -128,8 +128,8 @@ class FourBit(Frozen):
     def embed(self, ids: Int[Array, "..."]) -> Array:
         if self.transposed or self.codes.shape[0] == 1:
             return super().embed(ids)
-        # An id beyond the table gives NaN, which the training guard reports, not a wrong row.
-        codes = jnp.take(self.codes, ids, axis=0, mode="clip")
+        # As of an array: an id beyond the table gives NaN, which the training guard reports, and -1 the last row.
+        codes = jnp.take(self.codes, ids, axis=0, mode="fill")
         scales = jnp.take(self.scales(), ids, axis=0, mode="fill")
         return self._rows(codes, scales)
 
