@@ -215,11 +215,11 @@ def _chosen(what: str, name: str, among: dict[str, Callable[[], Any]]) -> Any:
 def _adapted(config: Any, method: Method, dtype: Any, length: int, remat: str) -> tuple[Params, Forward]:
     """The abstract tree, and the forward function."""
     module = family(config.model_type)
+    if module.HEADS or config.is_encoder_decoder:
+        raise ValueError(f"{config.model_type} is no decoder, whose training is what can be planned")
     config = copy.deepcopy(config)
     config.max_position_embeddings = max(config.max_position_embeddings, length)
     forward = module.build(config, remat=remat, compute_dtype=dtype)
-    if module.HEADS or forward.spec.attentions:
-        raise ValueError(f"{config.model_type} is no decoder, whose training is what can be planned")
     wrapped: list[Forward] = []
 
     def init(key: Array) -> Params:
@@ -341,7 +341,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = [given.pop(name) for name in ("config", "method", "rank", "select", "format")]
     try:
         print(plan(words[0], method_of(*words[1:]), **given))
-    except (ValueError, FileNotFoundError, TypeError) as error:
+    except (ValueError, OSError, TypeError) as error:
         parser.exit(1, f"{error}\n")
 
 

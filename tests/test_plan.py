@@ -145,5 +145,6 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Any) -> 
         with pytest.raises(SystemExit):
             planner.main(words.split())
         assert error in capsys.readouterr().err
-    with pytest.raises(ValueError, match="bert is no decoder"):
-        plan(transformers.BertConfig(num_hidden_layers=2), methods.lora(8))
+    for config in (transformers.BertConfig(num_hidden_layers=2), transformers.T5Config(num_layers=2)):
+        with pytest.raises(ValueError, match=f"{config.model_type} is no decoder"):
+            plan(config, methods.lora(8))
