@@ -13,7 +13,6 @@ Departures: s is α/(r₀ + 1e-5), as in the authors' code and in HF PEFT, so th
 """
 
 import dataclasses
-import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -26,7 +25,7 @@ from jaxtyping import Array
 
 from peft_jax import trees
 from peft_jax.core import Forward, Method, Params, Path, Spec
-from peft_jax.methods.lora import check_dropout, dropped, dropping, plus_product
+from peft_jax.methods.lora import check_dropout, check_numbers, dropped, dropping, plus_product
 from peft_jax.trees import Pattern, Site
 from peft_jax.weights import Leaf, Weight, embed, linear, materialise, static, unembed
 
@@ -167,9 +166,7 @@ def adalora(
     >>> pj.count(params).trainable == 6 * (64 + 64 + 1)
     True
     """
-    for r in (rank, initial_rank):
-        if r is not None and (r <= 0 or r != int(r)):
-            raise ValueError(f"rank must be a positive integer, got {r}")
+    check_numbers((rank,) if initial_rank is None else (rank, initial_rank))
     initial = (3 * rank + 1) // 2 if initial_rank is None else initial_rank
     if rank > initial:
         raise ValueError(
@@ -177,8 +174,7 @@ def adalora(
             f"start, so give initial_rank {rank} or more"
         )
     alpha = float(initial if alpha is None else alpha)
-    if not (alpha > 0 and math.isfinite(alpha)):
-        raise ValueError(f"alpha must be positive, got {alpha}")
+    check_numbers((), (alpha,))
     check_dropout(dropout)
 
     def init(key: Array, params: Params, forward: Forward) -> Params:

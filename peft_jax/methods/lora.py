@@ -93,6 +93,15 @@ def dropped(x: Array, key: Array | None, rate: Array | None) -> Array:
     return jnp.where(keep, x / (1 - rate).astype(x.dtype), jnp.zeros((), x.dtype))
 
 
+def check_numbers(ranks: Sequence[float], alphas: Sequence[float] = ()) -> None:
+    for rank in ranks:
+        if rank <= 0 or rank != int(rank):
+            raise ValueError(f"rank must be a positive integer, got {rank}")
+    for alpha in alphas:
+        if not (alpha > 0 and math.isfinite(alpha)):
+            raise ValueError(f"alpha must be positive, got {alpha}")
+
+
 def check_dropout(rate: float) -> None:
     if not 0 <= rate < 1:
         raise ValueError(f"dropout must lie in [0, 1), got {rate}")
@@ -201,12 +210,7 @@ def low_rank(
     """LoRA with a start of one's own: what `lora`, `pissa` and `olora` share.  Arguments as in `lora`."""
     alpha = float(rank if alpha is None else alpha)
     ranks, alphas = dict(rank_pattern or {}), dict(alpha_pattern or {})
-    for r in (rank, *ranks.values()):
-        if r <= 0 or r != int(r):
-            raise ValueError(f"rank must be a positive integer, got {r}")
-    for value in (alpha, *alphas.values()):
-        if not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"alpha must be positive, got {value}")
+    check_numbers((rank, *ranks.values()), (alpha, *alphas.values()))
     check_dropout(dropout)
     if bias not in ("none", "all", "lora_only"):
         raise ValueError(f"bias is {bias!r}: choose 'none', 'all' or 'lora_only'")

@@ -34,7 +34,7 @@ from jaxtyping import Array
 
 from peft_jax import trees
 from peft_jax.core import Forward, Method, Params
-from peft_jax.methods.lora import check_dropout, dropped, dropping
+from peft_jax.methods.lora import check_dropout, check_numbers, dropped, dropping
 from peft_jax.quant.grouped import GroupedInt
 from peft_jax.trees import LAYER_MATRICES, Pattern, Site
 from peft_jax.weights import Leaf, Weight, base_of, embed, innermost, linear, materialise, static, unembed
@@ -181,10 +181,7 @@ def qalora(
     >>> type(pj.merge(params)["q_proj"]["kernel"]).__name__
     'GroupedInt'
     """
-    if rank <= 0 or rank != int(rank):
-        raise ValueError(f"rank must be a positive integer, got {rank}")
-    if not (alpha > 0 and math.isfinite(alpha)):
-        raise ValueError(f"alpha must be positive, got {alpha}")
+    check_numbers((rank,), (alpha,))
     if group_size <= 0 or group_size != int(group_size):
         raise ValueError(f"group_size is {group_size}: give the number of inputs a group, 1 or more")
     if pooling not in POOLINGS:

@@ -30,7 +30,7 @@ from jaxtyping import Array
 
 from peft_jax import trees
 from peft_jax.core import Forward, Method, Params, Path
-from peft_jax.methods.lora import QUERY_VALUE, check_dropout, dropped, dropping
+from peft_jax.methods.lora import QUERY_VALUE, check_dropout, check_numbers, dropped, dropping
 from peft_jax.trees import Pattern, Site
 from peft_jax.weights import Leaf, Weight, embed, linear, materialise, static, unembed
 
@@ -156,8 +156,7 @@ def vera(
     >>> pj.count(params)[:2] == (16 + 64, 2 * 64 * 64 + 2 * 16 * 64)
     True
     """
-    if rank <= 0 or rank != int(rank):
-        raise ValueError(f"rank must be a positive integer, got {rank}")
+    check_numbers((rank,))
     if not (0 <= seed < 2**32 and seed == int(seed)):
         raise ValueError(f"seed must be an integer from 0 to 2³² - 1, got {seed}")
     check_dropout(dropout)
