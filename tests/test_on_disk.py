@@ -1,5 +1,6 @@
 """Leaves that are still on disk: adapted, quantised a layer at a time, placed; and what that costs in memory."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 import peft_jax as pj
 from peft_jax import methods, models, quant, training, trees
+from peft_jax.interop import hf_peft
 from peft_jax.models import llama, writing
 from peft_jax.on_disk import OnDisk
 
@@ -102,6 +104,15 @@ def test_what_is_left_on_disk_raises_or_is_read(folder: Path) -> None:
     assert same(pj.place(merged), pj.merge(expected))
     with pytest.raises(ValueError, match=r"lazy=True leaves matrices on disk: give the shardings to pj.place"):
         models.load(folder, lazy=True, shardings=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_start_of_hf_peft_is_computed_from_disk(folder: Path, tmp_path: Path, start: str) -> None:
+    lazy, whole = models.load(folder, lazy=True), models.load(folder)
+    hf_peft.save(tmp_path, methods.lora(4, select="q_proj")(zoo.KEY, whole.params, whole.forward)[0], whole.forward)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"init_lora_weights": start}))
+    assert same(pj.place(hf_peft.load(tmp_path, lazy)[0]), hf_peft.load(tmp_path, whole)[0])
 
 
 def test_a_number_that_is_not_finite_is_named(folder: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from peft_jax.methods.dora import DoRA, column_norms
 from peft_jax.methods.lora import LoRA, lora
 from peft_jax.methods.pissa import Residual
 from peft_jax.methods.qalora import QALoRA
+from peft_jax.on_disk import is_on_disk
 from peft_jax.weights import Leaf, materialise
 
 # Fields that say nothing about the numbers (how the adapter was made, what was recorded of it), or are read here.
@@ -137,8 +138,14 @@ def _adapter(module: str, tensors: Any, config: Mapping[str, Any], names: Names,
 def _start(start: str, source: Source, rank: int, scale: np.float32, params: Params) -> tuple[np.ndarray, np.ndarray]:
     """Where PiSSA or OLoRA started: the principal part of the base, or the first part of its QR factors."""
     tree = trees.leaves(params)
-    one = lambda part: jax.tree.map(lambda x: x if part.layer is None else x[part.layer], tree[part.path])  # noqa: E731
-    w = np.concatenate([np.asarray(materialise(one(part)), np.float32) for part in source.parts], -1)
+
+    def one(part: Part) -> np.ndarray:
+        leaf = tree[part.path]
+        if is_on_disk(leaf):
+            return leaf.layer(part.layer or 0)
+        return np.asarray(materialise(jax.tree.map(lambda x: x if part.layer is None else x[part.layer], leaf)))
+
+    w = np.concatenate([one(part).astype(np.float32) for part in source.parts], -1)
     if start == "olora":
         q, r = np.linalg.qr(w.T)
         return r[:rank].T, q[:, :rank].T
