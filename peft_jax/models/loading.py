@@ -140,8 +140,9 @@ def load(
             does not hold is new: random, and it trains (its leaves are those of `methods.unfreeze`).
         labels: how many labels the head chooses from; by default the config's.
         key: from which a new head is drawn; by default ``jax.random.key(0)``.
-        lazy: leaves every matrix on disk.  `quant.quantise` then reads, packs and frees one layer at a time, adapters
-            go on top without reading, and `pj.place` reads the rest, into shardings if need be.
+        lazy: leaves matrices on disk, but for what the source keeps in few bits.  `quant.quantise` then reads, packs
+            and frees one layer at a time, adapters go on top without reading, and `pj.place` reads the rest, into
+            shardings if need be.
 
     Raises:
         ValueError: if the source is damaged, pickled, of an unknown architecture, or does not match its config: a
