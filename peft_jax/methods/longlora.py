@@ -208,8 +208,8 @@ def longlora(
 ) -> Method:
     """LoRA, with embeddings and norms trained whole and shifted sparse attention in training.
 
-    Recipe: AdamW, 2e-5 (1e-5 at 70B), constant after 20 steps of warm-up, no weight decay, 1000 steps of 64 texts, bf16
-    (section 4.1).
+    Longer positions come with the model: ``models.load(..., rope_scaling=...)``.  Recipe: AdamW, 2e-5 (1e-5 at 70B),
+    constant after 20 steps of warm-up, no weight decay, 1000 steps of 64 texts, bf16 (section 4.1).
 
     Args:
         rank: r.
