@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
 import zoo
 from checks import close, differs
 
@@ -14,6 +15,7 @@ import peft_jax as pj
 from peft_jax import methods
 from peft_jax.attention import CHUNK, Visible, chunked_attention, plain_attention
 from peft_jax.methods.longlora import ShiftedAttention
+from peft_jax.models import llama
 from peft_jax.training import init_state, make_step
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -157,6 +159,40 @@ def test_memory_grows_with_the_text_not_with_its_square() -> None:
         assert temporary(attend, 4096) < 2.5 * temporary(attend, 2048)
     assert temporary(plain_attention, 4096) > 3.5 * temporary(plain_attention, 2048)
     assert temporary(ShiftedAttention(1 / 4), 4096) < temporary(plain_attention, 4096) / 8
+
+
+def test_a_model_s_memory_grows_with_the_text_too() -> None:
+    sizes = {**zoo.SIZES, "num_hidden_layers": 1, "max_position_embeddings": 4096}
+    config = transformers.LlamaConfig(**sizes)
+    base = jax.eval_shape(lambda: llama.init(KEY, config))
+
+    def temporary(time: int) -> int:
+        forward = methods.shift_attention().wrap(llama.build(config))
+        tokens = jax.ShapeDtypeStruct((1, time), jnp.int32)
+        loss = lambda p, tokens: jnp.sum(forward(p, tokens, pj.Ports(micro_key=KEY)) ** 2)  # noqa: E731
+        return jax.jit(jax.grad(loss)).lower(base, tokens).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(4096) < 2.2 * temporary(2048)
+
+
+def test_a_gpu_is_asked_for_causal_groups_without_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def record(query: Any, key: Any, value: Any, **options: Any) -> Any:
+        asked.append((query.shape[:3], key.shape[2], options))
+        return query
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", record)
+    q, k, v = (x.astype(jnp.bfloat16) for x in draw(0, 2, 1200, 8, 4, 8))
+    ShiftedAttention(400)(q, k, v, sight(1200), 0.5)
+    assert [(shape, kv_heads) for shape, kv_heads, _ in asked] == [
+        ((6, 400, 4), 2),
+        ((2, 200, 4), 2),
+        ((4, 400, 4), 2),
+        ((2, 200, 4), 2),
+    ]
+    assert all(o["is_causal"] and o["implementation"] == "cudnn" and "mask" not in o for _, _, o in asked)
 
 
 # -- in a model -------------------------------------------------------------------------------------------------------
