@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+CHUNK = 256  # queries that `chunked_attention` computes at a time
 EVERYWHERE = -1  # the segment of what a method puts before packed rows
 
 
@@ -79,6 +80,37 @@ def dot_product_attention(
         )
     mask = jnp.broadcast_to(visible.mask(), (query.shape[0], 1, query.shape[1], key.shape[1]))
     return jax.nn.dot_product_attention(query, key, value, mask=mask, scale=scale, implementation="cudnn")
+
+
+def chunked_attention(
+    query: Float[Array, "batch time heads dim"],
+    key: Float[Array, "batch keys kv_heads dim"],
+    value: Float[Array, "batch keys kv_heads dim"],
+    visible: Visible,
+    scale: float,
+) -> Float[Array, "batch time heads dim"]:
+    """Full attention whose memory grows linearly with the text: cuDNN's where `dot_product_attention` has it, and
+    `plain_attention` elsewhere, of `CHUNK` queries at a time, computed anew in the backward pass."""
+    flagged = visible.plain and (visible.window is None or (visible.causal and isinstance(visible.window, int)))
+    batch, time = query.shape[:2]
+    if time <= CHUNK or visible.bias is not None or _fits_cudnn(query, key, flagged):
+        return dot_product_attention(query, key, value, visible, scale)
+    chunks = -(-time // CHUNK)
+
+    def split(x: Any) -> Any:  # [batch, time, …] to [chunks, batch, CHUNK, …]
+        if x is None:
+            return None
+        x = jnp.pad(x, [(0, 0), (0, chunks * CHUNK - time)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(x.shape[0], chunks, CHUNK, *x.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def one(given: tuple[Array, Array, Any]) -> Array:
+        q, order, segments = given
+        seen = dataclasses.replace(visible, query_order=order, query_segments=segments, plain=False)
+        return plain_attention(q, key, value, seen, scale)
+
+    y = jax.lax.map(one, (split(query), split(visible.query_order), split(visible.query_segments)))
+    return jnp.moveaxis(y, 0, 1).reshape(batch, chunks * CHUNK, *query.shape[2:])[:, :time]
 
 
 def _fits_cudnn(query: Array, key: Array, flagged: bool) -> bool:

@@ -33,12 +33,14 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 8, "beta_fast": 2}
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 
 CONFIGS = {
     "llama 2": tf.LlamaConfig(**SHAPE),
     "llama 3": tf.LlamaConfig(**SHAPE, rope_parameters=LLAMA3, attention_bias=True, mlp_bias=True),
     "linear": tf.LlamaConfig(**SHAPE | {"num_key_value_heads": 4}, rope_parameters=LINEAR, hidden_act="gelu"),
+    "yarn": tf.LlamaConfig(**SHAPE, head_dim=16, rope_parameters=YARN),
     "smollm": tf.LlamaConfig(**SHAPE | {"num_key_value_heads": 1}, tie_word_embeddings=True),
     "mistral": tf.MistralConfig(**SHAPE, sliding_window=4),
     "qwen2": tf.Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=4, max_window_layers=1),
@@ -165,7 +167,5 @@ def test_bad_input_is_refused() -> None:
         refuse_unknown_ports(Ports(prompt=jnp.zeros((2, 32))), frozenset({"attend"}), "llama")
     with pytest.raises(ValueError, match="remat is 'some': choose 'full', 'dots' or 'none'"):
         llama.build(config, remat="some")
-    with pytest.raises(ValueError, match="rotary scaling 'yarn' is not supported"):
-        llama.build(tf.LlamaConfig(**SHAPE, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}))
     with pytest.raises(ValueError, match="activation 'mish' is not supported: choose one of gelu"):
         llama.build(tf.LlamaConfig(**SHAPE, hidden_act="mish"))

@@ -394,6 +394,12 @@ ROWS = (
         LAYERS * low_rank(4, Q, K, V, OUT, GATE, UP, DOWN),
         stores=NF4,
     ),
+    Row(
+        "longlora",
+        ("longlora", "shift_attention"),
+        methods.longlora(4, 8),  # a call without a micro_key has full attention: outputs start as the base's
+        LAYERS * low_rank(4, Q, K, V, OUT) + NORMS + TABLE,
+    ),
 )
 
 

@@ -4,6 +4,7 @@ from peft_jax.methods.adalora import adalora, prune, ranks
 from peft_jax.methods.allocate_rank import allocate_rank, orthogonality
 from peft_jax.methods.dora import dora
 from peft_jax.methods.dylora import dylora, hold_rows, truncate, use_rank
+from peft_jax.methods.longlora import longlora, shift_attention
 from peft_jax.methods.lora import lora
 from peft_jax.methods.lora_plus import lora_plus
 from peft_jax.methods.olora import olora
@@ -23,6 +24,7 @@ __all__ = [
     "dora",
     "dylora",
     "hold_rows",
+    "longlora",
     "lora",
     "lora_plus",
     "olora",
@@ -35,6 +37,7 @@ __all__ = [
     "qalora",
     "qlora",
     "ranks",
+    "shift_attention",
     "truncate",
     "unfreeze",
     "use_rank",

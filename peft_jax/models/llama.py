@@ -1,12 +1,12 @@
 """The Llama family: Llama 2 and 3, SmolLM, Mistral, Qwen2, Qwen3.
 
 One decoder, whose members differ by fields of `Config`: grouped-query attention, biases on q, k, v (Qwen2), norms on
-queries and keys (Qwen3), sliding windows (Mistral, Qwen2), tied embeddings, Llama 3's scaling of rotary frequencies.
+queries and keys (Qwen3), sliding windows (Mistral, Qwen2), tied embeddings, rotary positions that may be
+scaled (`peft_jax.models.rotary`).
 Module names are those of `transformers` (models/llama/modeling_llama.py), so that target modules carry over.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 from peft_jax.attention import Visible, dot_product_attention
 from peft_jax.core import Forward, Inputs, Params, Ports
 from peft_jax.layers import Embed, Linear, RMSNorm, activation, run_layers
+from peft_jax.models import rotary
 from peft_jax.models.causal_lm import causal_lm, init_causal_lm
 from peft_jax.models.tensors import Tensor
 from peft_jax.sequence import Cache, arrange, layer_attention
@@ -41,6 +42,7 @@ class Config:
     head_dim: int
     vocab: int
     positions: int
+    original: int  # before dynamic scaling
     epsilon: float
     activation: str
     tied: bool
@@ -65,9 +67,6 @@ def read_config(config: Any, scan: bool = True, remat: str = "full", compute_dty
     layers = config.num_hidden_layers
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * layers
-    rope = {"rope_theta": 10000.0, "rope_type": "default"} | dict(config.rope_parameters or {})
-    if rope["rope_type"] not in ("default", "linear", "llama3"):
-        raise ValueError(f"rotary scaling {rope['rope_type']!r} is not supported: default, linear and llama3 are")
     activation(config.hidden_act)
     return Config(
         width=config.hidden_size,
@@ -77,7 +76,8 @@ def read_config(config: Any, scan: bool = True, remat: str = "full", compute_dty
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         vocab=config.vocab_size,
-        positions=config.max_position_embeddings,
+        positions=rotary.positions_of(config),
+        original=config.max_position_embeddings,
         epsilon=config.rms_norm_eps,
         activation=config.hidden_act,
         tied=config.tie_word_embeddings,
@@ -86,25 +86,11 @@ def read_config(config: Any, scan: bool = True, remat: str = "full", compute_dty
         mlp_bias=getattr(config, "mlp_bias", False),
         qk_norm=kind == "qwen3",
         windows=tuple(window if k == "sliding_attention" else None for k in kinds),
-        rope=tuple(sorted((k, v) for k, v in rope.items() if not isinstance(v, dict | list))),
+        rope=tuple(sorted(rotary.read(config).items())),
         scan=scan,
         remat=remat,
         compute_dtype=None if compute_dtype is None else jnp.dtype(compute_dtype),
     )
-
-
-def inverse_frequencies(config: Config) -> np.ndarray:
-    """θ^(−2i/dim) for i in 0 … dim/2 − 1, rescaled as the config asks (Llama 3: arXiv 2407.21783, section 3.4.2)."""
-    rope = dict(config.rope)
-    frequencies = 1.0 / rope["rope_theta"] ** (np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim)
-    if rope["rope_type"] == "linear":
-        frequencies = frequencies / rope["factor"]
-    elif rope["rope_type"] == "llama3":
-        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-        blend = np.clip((turns - low) / (high - low), 0.0, 1.0)  # 0: slow, fully rescaled; 1: fast, untouched
-        frequencies = (1 - blend) * frequencies / rope["factor"] + blend * frequencies
-    return frequencies.astype(np.float32)
 
 
 def rotate(x: Float[Array, "b t h d"], turn: tuple[Array, Array]) -> Float[Array, "b t h d"]:
@@ -180,8 +166,7 @@ class Decoder(nn.Module):
         x = Embed(c.vocab, c.width, name="embed_tokens")(inputs.tokens)
         x = x if c.compute_dtype is None else x.astype(c.compute_dtype)
         sequence = arrange(inputs, x, ports)
-        angles = sequence.positions[..., None, None].astype(jnp.float32) * inverse_frequencies(c)[None, None, None]
-        shared = ((jnp.cos(angles), jnp.sin(angles)), sequence.visible)
+        shared = (rotary.turns(dict(c.rope), c.head_dim, c.original, sequence.positions), sequence.visible)
         mixed = len(set(c.windows)) > 1
         windows = np.array([w or np.iinfo(np.int32).max for w in c.windows], np.int32) if mixed else None
         own = (np.arange(c.layers, dtype=np.int32), windows, sequence.prefix)

@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path as File
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from peft_jax.core import Forward, Params
 from peft_jax.files import replacing
 from peft_jax.interop import gguf
 from peft_jax.interop.gguf_tokenizer import read_tokenizer
-from peft_jax.models import quantised
+from peft_jax.models import quantised, rotary
 from peft_jax.models.checkpoint import read_params
 from peft_jax.models.families import family
 from peft_jax.models.reader import open_safetensors, read_json
@@ -125,6 +126,7 @@ def load(
     labels: int | None = None,
     key: Array | None = None,
     lazy: bool = False,
+    rope_scaling: Mapping[str, Any] | None = None,
 ) -> Model:
     """A pretrained model, from a ``.gguf`` file, a Hugging Face directory, or (online) a name on the Hugging Face Hub.
 
@@ -143,6 +145,8 @@ def load(
         lazy: leaves matrices on disk, but for what the source keeps in few bits.  `quant.quantise` then reads, packs
             and frees one layer at a time, adapters go on top without reading, and `pj.place` reads the rest, into
             shardings if need be.
+        rope_scaling: scales rotary positions to longer texts, as ``{"rope_type": "linear", "factor": 4.0}``, "dynamic"
+            or "yarn" (`peft_jax.models.rotary`); the model's config, which `save` writes, then has it.
 
     Raises:
         ValueError: if the source is damaged, pickled, of an unknown architecture, or does not match its config: a
@@ -161,6 +165,8 @@ def load(
         found = _open_gguf(path, tokenizer)
     else:
         found = _open_folder(path if path.is_dir() else _download(os.fspath(source)), tokenizer)
+    if rope_scaling is not None:
+        found = found._replace(config=rotary.rescaled(found.config, rope_scaling))
     module, headed = family(found.config.model_type), _headed(found.config, head, labels)
     if labels is not None:
         found.config.num_labels = labels
