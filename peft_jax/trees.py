@@ -436,7 +436,6 @@ def set_scale(params: Params, scale: float, name: str | None = None) -> Params:
     Raises:
         ValueError: if there is no such adapter.
     """
-    # A leaf that adapts nothing may call its quantisation step a scale.
     adapters = [w for w in weights(params) if hasattr(w, "base") and getattr(w, "scale", None) is not None]
     names = {getattr(w, "name", "") for w in adapters}
     wanted = names if name is None else {n for n in names if n == name or n.startswith(f"{name}.")}

@@ -142,7 +142,7 @@ def _check_groups(base: GroupedInt, group_size: int) -> None:
 
 def qalora(
     rank: int = 64,
-    alpha: float = 16,
+    alpha: float | None = 16,
     select: Pattern = LAYER_MATRICES,
     *,
     group_size: int = 32,
@@ -156,7 +156,7 @@ def qalora(
 
     Args:
         rank: r; more than there are groups adds nothing.
-        alpha: α of the scale α/r.
+        alpha: α of the scale α/r; None for `rank`.
         select: a pattern over the model's names (see `pj.select`); by default every matrix of the layers.
         group_size: inputs a group, a number that divides the kernel's inputs, and a multiple of the base's own.
         pooling: 'sum' (the paper), 'mean' (its code) or 'peft' (HF PEFT).
@@ -181,6 +181,7 @@ def qalora(
     >>> type(pj.merge(params)["q_proj"]["kernel"]).__name__
     'GroupedInt'
     """
+    alpha = rank if alpha is None else alpha
     check_numbers((rank,), (alpha,))
     if group_size <= 0 or group_size != int(group_size):
         raise ValueError(f"group_size is {group_size}: give the number of inputs a group, 1 or more")

@@ -108,18 +108,18 @@ def grouped(bits: int = 4, group_size: int = 32, dtype: Any = jnp.float32) -> Fo
 
 
 def _quantise(form: Format, w: Array) -> tuple[Array, Array, Array]:
-    """One layer's codes, scales and zero points."""
+    """One layer's codes, steps and zero points."""
     inputs, outputs = w.shape
     grouped = w.astype(jnp.float32).reshape(-1, form.group_size, outputs)
     step, zero = fit_range(grouped.min(1), grouped.max(1), form.bits)
-    step = step.astype(form.dtype).astype(jnp.float32)  # the codes are for the scale that is kept
+    step = step.astype(form.dtype).astype(jnp.float32)  # the codes are for the step that is kept
     codes = jnp.clip(jnp.round(grouped / step[:, None]) + zero[:, None], 0, 2**form.bits - 1)
     packed = pack(codes.reshape(inputs, outputs).astype(jnp.uint8), form.bits)
     return packed, step.astype(form.dtype), zero.astype(form.dtype)
 
 
 def fit_range(low: Array, high: Array, bits: int) -> tuple[Array, Array]:
-    """The scale and the zero point of groups that reach from `low` to `high`."""
+    """The step and the zero point of groups that reach from `low` to `high`."""
     low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
     step = (high - low) / (2**bits - 1)
     step = jnp.where(step > 0, step, 1)  # a group of zeros

@@ -22,7 +22,7 @@ FUSED_ROWS = 64  # of x, at most, for the product that dequantises in registers:
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def use_kernels(params: Params, implementation: str = "triton") -> Params:
+def use_kernels(params: Params, implementation: str) -> Params:
     """The same tree, whose NF4, FP4 and grouped-integer leaves are multiplied by another implementation.
 
     Args:
