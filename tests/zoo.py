@@ -125,7 +125,8 @@ def base(family: str, dtype: Any = jnp.float32) -> Any:
         }
         return jnp.asarray(numbers[kind], dtype)
 
-    return jax.tree_util.tree_map_with_path(draw, abstract)
+    with jax.ensure_compile_time_eval():  # what is cached must be arrays, even if it is first asked for in a trace
+        return jax.tree_util.tree_map_with_path(draw, abstract)
 
 
 def unrolled(params: Any) -> Any:
