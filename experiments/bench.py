@@ -179,10 +179,7 @@ def report(result: dict[str, Any]) -> str:
         f"Compiling the checkpointed step takes {compiling}.",
     ]
     sentences += family(rows)
-    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-    cores, commit = result["machine"]["cores"], result["commit"][:12]
-    origin = f"{result['rounds']} rounds on {cores} CPU cores; commit {commit}; {versions}"
-    return f"{table(result)}\n\n{' '.join(sentences)}\n\n{origin}. No GPU has been measured yet.\n"
+    return f"{table(result)}\n\n{' '.join(sentences)}\n\n{provenance.origin(result)}"
 
 
 def family(rows: dict[str, Any]) -> list[str]:

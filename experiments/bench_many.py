@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import bench, bench_sides
+from experiments import bench, bench_sides, provenance
 
 ROWS, TIME, RANK, ALPHA = 2, 32, 8, 16
 SIDES = {"one": 1, "many-1": 1, "many-4": 4, "many-8": 8}  # name: how many adapters
@@ -68,7 +68,6 @@ def side(name: str, folder: str) -> tuple[Callable[[], float], dict[str, Any]]:
 
 
 def compare(rounds: int) -> dict[str, Any]:
-    from experiments import provenance
     from experiments.data import smollm2
     from peft_jax import models
 
@@ -101,9 +100,7 @@ def report(result: dict[str, Any]) -> str:
             f"| {found['memory_ratio']:.2f}x | {' | '.join(f'{size:.2f}' for size in sizes)} "
             f"| {found['compile_seconds']:.1f} |"
         )
-    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-    origin = f"{result['rounds']} rounds on {result['machine']['cores']} CPU cores; commit {result['commit'][:12]}"
-    return "\n".join(lines) + f"\n\n{origin}; {versions}. No GPU has been measured yet.\n"
+    return "\n".join(lines) + f"\n\n{provenance.origin(result)}"
 
 
 def main() -> None:

@@ -108,9 +108,7 @@ def report(result: dict[str, Any]) -> str:
     for what, found in result["rows"].items():
         for name, median in found["milliseconds"].items():
             lines.append(f"| {what} | {name} | {median:.1f} | {found['ratio'][name]:.2f} |")
-    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-    origin = f"{result['size']}², {result['rounds']} rounds on {result['machine']['cores']} CPU cores"
-    return "\n".join(lines) + f"\n\n{origin}; commit {result['commit'][:12]}; {versions}.\n"
+    return "\n".join(lines) + f"\n\n{result['size']}², {provenance.origin(result)}"
 
 
 def main() -> None:

@@ -41,6 +41,13 @@ def machine() -> dict[str, Any]:
     return {"device": device.device_kind, "count": jax.device_count(), "cores": os.cpu_count(), "os": platform.system()}
 
 
+def origin(result: dict[str, Any]) -> str:
+    """A benchmark's last line: how often, where, of which commit and with which versions."""
+    found = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    cores, here = result["machine"]["cores"], result["commit"][:12]
+    return f"{result['rounds']} rounds on {cores} CPU cores; commit {here}; {found}. No GPU has been measured yet.\n"
+
+
 class Peak:
     """The most memory held while the block ran: resident where Linux can reset its mark, on the device if it counts.
 

@@ -39,6 +39,11 @@ class Visible:
     causal: bool = dataclasses.field(default=True, metadata={"static": True})
     plain: bool = dataclasses.field(default=False, metadata={"static": True})
 
+    @property
+    def flagged(self) -> bool:
+        """Whether a kernel's causal flag and a window known in advance say it all."""
+        return self.plain and (self.window is None or (self.causal and isinstance(self.window, int)))
+
     def mask(self) -> Bool[Array, "batch 1 time keys"]:
         distance = self.query_order[:, :, None] - self.key_order[:, None, :]
         seen = distance >= 0 if self.causal else jnp.ones(distance.shape, bool)
@@ -64,10 +69,9 @@ def dot_product_attention(
     packed.  What it would refuse is computed plainly: heads that are wide or no multiple of 8, masks of an odd length;
     so is a bias, whose gradient it does not always have.
     """
-    flagged = visible.plain and (visible.window is None or (visible.causal and isinstance(visible.window, int)))
-    if visible.bias is not None or not _fits_cudnn(query, key, flagged):
+    if visible.bias is not None or not _fits_cudnn(query, key, visible.flagged):
         return plain_attention(query, key, value, visible, scale)
-    if flagged:
+    if visible.flagged:
         window = None if visible.window is None else (visible.window - 1, 0)
         return jax.nn.dot_product_attention(
             query,
@@ -91,9 +95,8 @@ def chunked_attention(
 ) -> Float[Array, "batch time heads dim"]:
     """Full attention whose memory grows linearly with the text: cuDNN's where `dot_product_attention` has it, and
     `plain_attention` elsewhere, of `CHUNK` queries at a time, computed anew in the backward pass."""
-    flagged = visible.plain and (visible.window is None or (visible.causal and isinstance(visible.window, int)))
     batch, time = query.shape[:2]
-    if time <= CHUNK or visible.bias is not None or _fits_cudnn(query, key, flagged):
+    if time <= CHUNK or visible.bias is not None or _fits_cudnn(query, key, visible.flagged):
         return dot_product_attention(query, key, value, visible, scale)
     chunks = -(-time // CHUNK)
 

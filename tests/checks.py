@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import peft_jax as pj
 from peft_jax import trees
+from peft_jax.training import init_state, make_step
 
 COMPILED: list[str] = []
 jax.monitoring.register_event_duration_secs_listener(
@@ -53,6 +55,18 @@ def one_layer(leaf: Any, index: int) -> Any:
     """One layer of a stacked leaf, with what its layers share."""
     sliced, shared = trees.unshare(leaf)
     return trees.fill(jax.tree.map(lambda x: x[index], sliced), shared)
+
+
+def three_steps(params: Any, forward: Any, tx: Any, batch: Any) -> tuple[Any, list[float]]:
+    """The tree after three steps on one batch, and their losses; what is frozen keeps its bits."""
+    tx = pj.freeze(tx, params)
+    state, frozen = init_state(params, tx, jax.random.key(0))
+    before, step, losses = copied(frozen), make_step(forward, tx), []
+    for _ in range(3):
+        state, measured = step(state, frozen, batch)
+        losses.append(float(measured["loss"]))
+    assert same(copied(frozen), before), "a frozen leaf moved"
+    return pj.combine(state.trainables, frozen), losses
 
 
 def size(tree: Any) -> int:

@@ -10,11 +10,12 @@ import numpy as np
 import optax
 import pytest
 import torch
+import toy_sentiment
 import toy_tokenizer
 import transformers
 
 import peft_jax as pj
-from experiments import e2e, harness, lora_ablation, lora_family_e2e, run, sentiment
+from experiments import e2e, harness, lora_ablation, lora_family_e2e, run
 from experiments.harness import Table
 from peft_jax import models, training
 from peft_jax.models.families import family
@@ -130,16 +131,11 @@ def test_a_laptop_run_learns_and_compiles_once(tmp_path):
         num_attention_heads=4,
         num_key_value_heads=2,
     )
-    rng = np.random.default_rng(0)
-    examples = []
-    for label in rng.integers(0, 2, 80).tolist():
-        words = rng.integers(10, 60, rng.integers(3, 8)).tolist()
-        examples.append(sentiment.Example("", [*words, 2 + label], label))  # the last token tells the answer
     s = dataclasses.replace(LAPTOP.settings, steps=30, batch=8, length=8, held_out=30, learning_rate=0.05, alpha=16.0)
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
     model = models.load(tmp_path)
-    task = sentiment.Task(model, examples[30:], examples[:30], np.array([5, 6], np.int32))
+    task = toy_sentiment.task(model, held_out=30, of=80)
     row = LAPTOP.rows["q4-v6"]
     first, second = (lora_ablation.run_reviews(task, s, row, seed) for seed in (0, 1))
     assert first.metrics["loss"] < math.log(64) - 0.2 and first.metrics != second.metrics

@@ -11,14 +11,13 @@ import peft
 import pytest
 import torch
 import zoo
-from checks import close, differs, same
+from checks import close, differs, same, three_steps
 from peft.tuners.lora.gptq import GPTQLoraLinear
 
 import peft_jax as pj
 from peft_jax import methods, quant, trees
 from peft_jax.methods.qalora import QALoRA
 from peft_jax.quant.grouped import GroupedInt
-from peft_jax.training import init_state, make_step
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 RANDOM = np.random.RandomState(0)
@@ -172,14 +171,9 @@ def test_life_among_other_methods() -> None:
     assert same(there, back)
     method = pj.chain(INT4, qalora, methods.lora(2, 4, r"(v|o)_proj"), methods.prefix_tuning(3, hidden=8))
     params, adapted = method(zoo.KEY, base, forward)
-    tx = pj.freeze(optax.adam(1e-2), params)
-    state, frozen = init_state(params, tx, zoo.KEY)
-    step, losses = make_step(adapted, tx), []
-    for _ in range(3):
-        state, measured = step(state, frozen, zoo.BATCH)
-        losses.append(float(measured["loss"]))
+    trained, losses = three_steps(params, adapted, optax.adam(1e-2), zoo.BATCH)
     assert losses[2] < losses[1] < losses[0]
-    trained = methods.bake(pj.combine(state.trainables, frozen))
+    trained = methods.bake(trained)
     inner = {key: entry for key, entry in trained.items() if key != "ports"}
     merged = pj.merge(inner) | {"ports": trained["ports"]}
     attention = merged["model"]["layers"]["self_attn"]

@@ -5,13 +5,13 @@ import json
 import math
 
 import jax
-import numpy as np
 import pytest
+import toy_sentiment
 import transformers
 from test_commonsense import RECORDS
 from test_qlora_formats import DEV, TEST, lettered, written
 
-from experiments import harness, qalora_merge, qalora_paper, sentiment
+from experiments import harness, qalora_merge, qalora_paper
 from peft_jax import models
 
 LAPTOP = qalora_merge.LAPTOP
@@ -31,11 +31,7 @@ def test_the_laptop_profile_keeps_to_its_budget():
 
 def test_a_run_of_each_kind():
     model = models.from_config(transformers.LlamaConfig(vocab_size=64, **SIZES), jax.random.key(0))
-    rng, examples = np.random.default_rng(0), []
-    for label in rng.integers(0, 2, 60).tolist():
-        words = rng.integers(10, 60, rng.integers(3, 8)).tolist()
-        examples.append(sentiment.Example("", [*words, 2 + label], label))  # the last token tells the answer
-    task = sentiment.Task(model, examples[20:], examples[:20], np.array([5, 6], np.int32))
+    task = toy_sentiment.task(model, held_out=20, of=60)
     s = dataclasses.replace(
         LAPTOP.settings,
         steps=15,

@@ -8,11 +8,12 @@ import math
 import jax
 import numpy as np
 import pytest
+import toy_sentiment
 import toy_tokenizer
 import transformers
 
 import peft_jax as pj
-from experiments import harness, mmlu, parameter_counts, qlora_formats, qlora_paper, sentiment
+from experiments import harness, mmlu, parameter_counts, qlora_formats, qlora_paper
 from peft_jax import models
 from peft_jax.quant.nf4 import FourBit
 from peft_jax.training.step import lenient
@@ -31,11 +32,7 @@ def test_the_laptop_profile_keeps_to_its_budget():
 
 def test_a_laptop_run_learns_on_every_base():
     model = models.from_config(transformers.LlamaConfig(vocab_size=64, **SIZES), jax.random.key(0))
-    rng, examples = np.random.default_rng(0), []
-    for label in rng.integers(0, 2, 60).tolist():
-        words = rng.integers(10, 60, rng.integers(3, 8)).tolist()
-        examples.append(sentiment.Example("", [*words, 2 + label], label))  # the last token tells the answer
-    task = sentiment.Task(model, examples[20:], examples[:20], np.array([5, 6], np.int32))
+    task = toy_sentiment.task(model, held_out=20, of=60)
     s = dataclasses.replace(LAPTOP.settings, steps=15, batch=8, length=8, held_out=20, learning_rate=0.05)
     found = {}
     for name in ("lora-fp32", "lora-nf4"):

@@ -59,17 +59,16 @@ class LoRA(Weight):
         return plus_product(materialise(self.base), self.scale, self.a, self.b)
 
     def linear(self, x: Array) -> Array:
-        return linear(x, self.base) + self._low_rank(dropped(x, self.key, self.rate) @ self.a.astype(x.dtype), self.b)
+        return linear(x, self.base) + scaled_product(
+            dropped(x, self.key, self.rate) @ self.a.astype(x.dtype), self.scale, self.b
+        )
 
     def embed(self, ids: Array) -> Array:
         rows = embed(ids, self.base)
-        return rows + self._low_rank(embed(ids, self.a).astype(rows.dtype), self.b)
+        return rows + scaled_product(embed(ids, self.a).astype(rows.dtype), self.scale, self.b)
 
     def unembed(self, x: Array) -> Array:
-        return unembed(x, self.base) + self._low_rank(x @ self.b.T.astype(x.dtype), self.a.T)
-
-    def _low_rank(self, inner: Array, outer: Array) -> Array:
-        return (inner * self.scale.astype(inner.dtype)) @ outer.astype(inner.dtype)
+        return unembed(x, self.base) + scaled_product(x @ self.b.T.astype(x.dtype), self.scale, self.a.T)
 
     def trained_size(self) -> int:
         if self.a is None or self.b is None:  # the frozen half of a partition
@@ -83,6 +82,11 @@ def plus_product(base: Array, scale: Array, a: Array, b: Array) -> Array:
     wide = np.promote_types(base.dtype, np.float32)
     product = scale.astype(wide)[..., None, None] * (a.astype(wide) @ b.astype(wide))
     return (base.astype(wide) + product).astype(base.dtype)
+
+
+def scaled_product(inner: Array, scale: Array, outer: Array) -> Array:
+    """``scale · inner outer`` in the dtype of `inner`: the second half of a product of low rank."""
+    return (inner * scale.astype(inner.dtype)) @ outer.astype(inner.dtype)
 
 
 def dropped(x: Array, key: Array | None, rate: Array | None) -> Array:

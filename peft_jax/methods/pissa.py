@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from peft_jax.core import Method
-from peft_jax.methods.lora import QUERY_VALUE, low_rank, plus_product
+from peft_jax.methods.lora import QUERY_VALUE, low_rank, plus_product, scaled_product
 from peft_jax.trees import Pattern, Site
 from peft_jax.weights import Leaf, Weight, embed, linear, materialise, static, unembed
 
@@ -40,17 +40,14 @@ class Residual(Weight):
         return plus_product(materialise(self.base), -self.scale, self.a, self.b)
 
     def linear(self, x: Array) -> Array:
-        return linear(x, self.base) - self._low_rank(x @ self.a.astype(x.dtype), self.b)
+        return linear(x, self.base) - scaled_product(x @ self.a.astype(x.dtype), self.scale, self.b)
 
     def embed(self, ids: Array) -> Array:
         rows = embed(ids, self.base)
-        return rows - self._low_rank(embed(ids, self.a).astype(rows.dtype), self.b)
+        return rows - scaled_product(embed(ids, self.a).astype(rows.dtype), self.scale, self.b)
 
     def unembed(self, x: Array) -> Array:
-        return unembed(x, self.base) - self._low_rank(x @ self.b.T.astype(x.dtype), self.a.T)
-
-    def _low_rank(self, inner: Array, outer: Array) -> Array:
-        return (inner * self.scale.astype(inner.dtype)) @ outer.astype(inner.dtype)
+        return unembed(x, self.base) - scaled_product(x @ self.b.T.astype(x.dtype), self.scale, self.a.T)
 
 
 def pissa(

@@ -34,7 +34,7 @@ from jaxtyping import Array
 
 from peft_jax import trees
 from peft_jax.core import Forward, Method, Params
-from peft_jax.methods.lora import check_dropout, check_numbers, dropped, dropping
+from peft_jax.methods.lora import check_dropout, check_numbers, dropped, dropping, scaled_product
 from peft_jax.quant.grouped import GroupedInt
 from peft_jax.trees import LAYER_MATRICES, Pattern, Site
 from peft_jax.weights import Leaf, Weight, base_of, embed, innermost, linear, materialise, static, unembed
@@ -87,15 +87,15 @@ class QALoRA(Weight):
 
     def linear(self, x: Array) -> Array:
         pooled = dropped(self.pool(x), self.key, self.rate)
-        return linear(x, self.base) + self._low_rank(pooled @ self.a.astype(x.dtype), self.b)
+        return linear(x, self.base) + scaled_product(pooled @ self.a.astype(x.dtype), self.scale, self.b)
 
     def embed(self, ids: Array) -> Array:
         rows = embed(ids, self.base)
         own = embed(ids // self.group_size, self.a).astype(rows.dtype) * jnp.asarray(self.factor, rows.dtype)
-        return rows + self._low_rank(own, self.b)
+        return rows + scaled_product(own, self.scale, self.b)
 
     def unembed(self, x: Array) -> Array:
-        grouped = self._low_rank(x @ self.b.T.astype(x.dtype), self.a.T) * jnp.asarray(self.factor, x.dtype)
+        grouped = scaled_product(x @ self.b.T.astype(x.dtype), self.scale, self.a.T) * jnp.asarray(self.factor, x.dtype)
         return unembed(x, self.base) + jnp.repeat(grouped, self.group_size, axis=-1)
 
     def pool(self, x: Array) -> Array:
@@ -103,9 +103,6 @@ class QALoRA(Weight):
         wide = np.promote_types(x.dtype, np.float32)
         grouped = x.reshape(*x.shape[:-1], -1, self.group_size)
         return (jnp.sum(grouped, axis=-1, dtype=wide) * jnp.asarray(self.factor, wide)).astype(x.dtype)
-
-    def _low_rank(self, inner: Array, outer: Array) -> Array:
-        return (inner * self.scale.astype(inner.dtype)) @ outer.astype(inner.dtype)
 
     def trained_size(self) -> int:
         if self.a is None or self.b is None:  # the frozen half of a partition
