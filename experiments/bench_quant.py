@@ -104,6 +104,8 @@ def compare(rounds: int, size: int) -> dict[str, Any]:
 
 
 def report(result: dict[str, Any]) -> str:
+    from experiments import provenance
+
     lines = ["| what | side | ms | time / bitsandbytes' |", "|---|---|---|---|"]
     for what, found in result["rows"].items():
         for name, median in found["milliseconds"].items():

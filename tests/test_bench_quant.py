@@ -1,5 +1,6 @@
 """The quantised benchmarks at toy sizes: every side computes, and a machine without a GPU is told so."""
 
+import json
 from typing import Any
 
 import jax
@@ -22,6 +23,13 @@ def test_sides_beside_bitsandbytes_agree() -> None:
     torch.set_num_threads(1)
     measured = bench_quant.measure(calls, 1)
     assert measured["ratio"]["bitsandbytes"] == 1 and set(measured["ratio"]) == set(calls)
+
+
+def test_what_was_measured_is_shown() -> None:
+    result = json.loads(bench_quant.RESULT.read_text(encoding="utf-8"))
+    lines = bench_quant.report(result).splitlines()
+    assert sum(line.startswith("| 8 rows, bfloat16 |") for line in lines) == 5
+    assert result["commit"][:12] in lines[-1] and not result["dirty"]
 
 
 def test_kernels_are_measured_at_a_toy_size(monkeypatch: pytest.MonkeyPatch) -> None:
