@@ -137,7 +137,7 @@ def plain_attention(
     visible: Visible,
     scale: float,
 ) -> Float[Array, "batch time heads dim"]:
-    """``softmax(cap(scale · q kᵀ) + bias) v``, scores and softmax in fp32; a query that sees nothing gives the mean of all.
+    """``softmax(cap(scale · q kᵀ) + bias) v``, scores and softmax in fp32; a query that sees nothing gives the mean.
 
     The queries that share a key head are rows of one matrix, so that each product is as large as it can be and needs
     no transpose: on a CPU a third less time than `jax.nn.dot_product_attention`, forward and backward.

@@ -16,9 +16,7 @@ SHAPE = {
     "query_pre_attn_scalar": 24,
 }
 CONFIGS = {
-    "gemma2": tf.Gemma2Config(
-        **SHAPE, num_hidden_layers=2, attn_logit_softcapping=2.0, final_logit_softcapping=3.0
-    ),
+    "gemma2": tf.Gemma2Config(**SHAPE, num_hidden_layers=2, attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
     "gemma3": tf.Gemma3TextConfig(
         **SHAPE,
         num_hidden_layers=3,

@@ -32,7 +32,8 @@ HARMLESS = re.compile(r"rotary_emb\.inv_freq$|(^|\.)attn\.(masked_)?bias$|embedd
 
 
 class Slot(NamedTuple):
-    """Where one layer's (one expert's) matrix of a leaf lies in the source: from column `start` of a tensor, in our layout.
+    """Where one layer's (one expert's) matrix of a leaf lies in the source: from column `start` of a tensor, laid out
+    as ours.
 
     `stem` is the name of its module: what the source calls it, or what `select` calls a part of a tensor.
     """

@@ -49,9 +49,7 @@ def spec_of(params: Params) -> Spec:
         heads = {tensor.source for tensor in every} - {tensor.source for tensor in tensors}
         tied = (("lm_head", embedding),) if "lm_head.weight" in heads else ()
         experts = expert_counts(tensors, layers, scan)
-        return Spec(
-            layers=layers, names=names, stacked=is_stacked, experts=experts, tensors=tuple(tensors), tied=tied
-        )
+        return Spec(layers=layers, names=names, stacked=is_stacked, experts=experts, tensors=tuple(tensors), tied=tied)
     some = ", ".join(sorted(tree)[:2]) or "nothing"
     raise ValueError(f"this tree is of no model family here (it holds {some}): give its forward function too")
 

@@ -1,6 +1,7 @@
 """Mixtures of experts: Mixtral, Qwen3-MoE.
 
-The Llama family's decoder, in whose layers each token goes through k of many feed-forward networks (`peft_jax.experts`):
+The Llama family's decoder, in whose layers each token goes through k of many feed-forward networks
+(`peft_jax.experts`):
 
     y = Σᵢ gᵢ · expertᵢ(x)      over the k largest gᵢ = softmax(x W)ᵢ, which norm_topk_prob divides by their sum
 
@@ -57,8 +58,8 @@ def read_config(config: Any, scan: bool = True, remat: str = "full", compute_dty
     qwen = config.model_type == "qwen3_moe"
     if qwen and (config.mlp_only_layers or config.decoder_sparse_step != 1):
         raise ValueError(
-            "this Qwen3-MoE has dense layers between the sparse ones (mlp_only_layers, decoder_sparse_step), and layers "
-            "are stacked here: only models whose layers are all sparse are supported"
+            "this Qwen3-MoE has dense layers between the sparse ones (mlp_only_layers, decoder_sparse_step), and only "
+            "models whose layers are all sparse are supported"
         )
     experts, chosen = config.num_local_experts, config.num_experts_per_tok
     if not 1 <= chosen <= experts:

@@ -49,7 +49,7 @@ def read(config: Any, kind: str = "") -> dict[str, Any]:
     if scaling not in KINDS:
         raise ValueError(f"rotary scaling {scaling!r} is not supported: {', '.join(KINDS)} are")
     if missing := [field for field in KINDS[scaling] if rope.get(field) is None]:
-        raise ValueError(f"rotary scaling {scaling!r} lacks {', '.join(missing)}: complete the config's rope_parameters")
+        raise ValueError(f"rotary scaling {scaling!r} lacks {', '.join(missing)}: complete its rope_parameters")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError("rotary positions of a part of each head (partial_rotary_factor) are not supported")
     return {field: value for field, value in rope.items() if not isinstance(value, dict | list)}
@@ -162,7 +162,7 @@ def rescaled(config: Any, scaling: Mapping[str, Any]) -> Any:
         new[ORIGINAL] = original
     kept = {field: value for field, value in old.items() if field in ("rope_theta", "partial_rotary_factor")}
     config = copy.deepcopy(config)
-    config.rope_parameters = {**every, FULL: kept | new} if layers else kept | new
+    config.rope_parameters = {**(every or {}), FULL: kept | new} if layers else kept | new
     config.max_position_embeddings = original if kind == "dynamic" else math.ceil(original * factor)
     read(config, layers)
     return config

@@ -38,7 +38,7 @@ def numbers(model: torch.nn.Module) -> dict[str, np.ndarray]:
 
 
 def on_disk(model: Any, named: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    """A model's tensors under the names that it saves them by: transformers fuses what its files hold expert by expert."""
+    """A model's tensors by the names it saves them under: transformers fuses what its files hold expert by expert."""
     if any(".experts." in name for name in named):
         named = revert_weight_conversion(model, named)
     return {name: tensor.detach().numpy().copy() for name, tensor in named.items()}
