@@ -80,7 +80,7 @@ def test_files_hold_each_expert_by_itself(qwen: Model, tmp_path: Path) -> None:
     }
     for name, one in (("mixtral", model), ("qwen3", qwen)):
         spec, found = families.spec_of(one.params), one.forward.spec
-        assert spec.names(GATES)[-1] == last[name] and spec.experts(GATES) == found.experts(GATES)
+        assert spec.names(GATES)[-1] == f"model.layers.1.{last[name]}" and spec.experts(GATES) == found.experts(GATES)
         assert all(spec.names(path) == found.names(path) for path in trees.leaves(one.params))
     lazy = models.load(tmp_path / "theirs", lazy=True).params
     packed, _ = quant.quantise(quant.int8(), "experts", progress=False)(KEY, lazy, model.forward)
@@ -92,7 +92,7 @@ def test_files_hold_each_expert_by_itself(qwen: Model, tmp_path: Path) -> None:
     leaf = unrolled.params["model"]["layers_1"]["mlp"]["experts"]["down_proj"]["kernel"]
     assert same(leaf, model.params["model"]["layers"]["mlp"]["experts"]["down_proj"]["kernel"][1])
     path = ("model", "layers_1", *GATES[2:])
-    assert unrolled.forward.spec.names(path)[-1] == last["mixtral"]
+    assert unrolled.forward.spec.names(path)[-1] == f"model.layers.1.{last['mixtral']}"
 
 
 def test_generation_equals_transformers(qwen: Model) -> None:
