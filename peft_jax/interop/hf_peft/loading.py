@@ -64,7 +64,8 @@ def load(
     spec = model.forward.spec
     refuse_experts([part.path for source in contract.whole.values() for part in source.parts], spec, "whole modules")
     if other := _beyond_lora(kind, config):
-        refuse_experts([part.path for module in modules for part in names.matrices[module].parts], spec, other)
+        mine = [names.matrices[module] for module in modules if module not in names.tied]
+        refuse_experts([part.path for source in mine for part in source.parts], spec, other)
     compare(tensors, contract, names, model.params, config, where)
 
     trees.claim(name, model.params)
