@@ -286,7 +286,7 @@ def _leaf(
     a = np.stack([np.pad(a, ((0, 0), (0, max(ranks) - a.shape[1]))) for a, _ in layers])
     b = np.stack([np.pad(b, ((0, max(ranks) - b.shape[0]), (0, 0))) for _, b in layers])
     s = np.array(ranks, bool)
-    a, b, s = (x.reshape(*lead, *x.shape[1:]) for x in (a, b, s))
+    a, b, s = (x.reshape((*lead, *x.shape[1:])) for x in (a, b, s))
     dtype = functools.reduce(
         np.promote_types, (x.dtype for w in mine.values() for x in (w.a, w.b)), np.dtype(np.float32)
     )

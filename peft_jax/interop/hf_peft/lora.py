@@ -204,7 +204,7 @@ def _low_rank(leaf: Leaf, mine: Mapping[int | None, Adapter], group: int, name: 
     ranks = tuple(mine[layer].a.shape[1] if layer in mine else 0 for layer in layers)
 
     def stack(arrays: Mapping[int | None, np.ndarray], shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        return stacked(arrays, layers, shape, dtype).reshape(*lead, *shape)
+        return stacked(arrays, layers, shape, dtype).reshape((*lead, *shape))
 
     inputs, outputs = leaf.shape[-2:]
     scale = stack({layer: np.asarray(one.scale) for layer, one in mine.items()}, (), np.float32)
