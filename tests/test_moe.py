@@ -19,7 +19,7 @@ from oracles.torch_models import numbers, ours, pair, torch_logits, torch_model
 from safetensors import safe_open
 
 import peft_jax as pj
-from peft_jax import Inputs, adapters, experts, methods, models, quant, trees
+from peft_jax import Inputs, adapters, arithmetic, experts, methods, models, quant, trees
 from peft_jax.interop import hf_peft
 from peft_jax.methods.lora import LoRA
 from peft_jax.models import Model, families, generate_tokens, moe
@@ -192,6 +192,11 @@ def test_other_starts_reach_each_expert(gates: Any) -> None:
     stacked, _ = methods.lora(4, 8, SOME)(KEY, base, probe)
     (a, b), path = (trees.leaves(tree) for tree in (drawn, stacked)), ("model", "layers_1", *GATES[2:])
     assert same(a[path].a, b[GATES].a[1]) and differs(b[GATES].a[1, 0], b[GATES].a[1, 1])
+
+    one, two = (zoo.disturbed(stacked, seed=seed) for seed in (2, 3))
+    change = lambda tree: np.asarray(trees.leaves(pj.merge(tree))[GATES]) - np.asarray(kernel)  # noqa: E731
+    summed = arithmetic.weighted_sum({"one": one, "two": two}, {"one": 1.0, "two": -0.5}).params
+    close(change(summed), change(one) - change(two) / 2)
 
 
 def test_blocks_of_one_expert_drop_apart() -> None:
