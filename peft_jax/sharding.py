@@ -70,7 +70,7 @@ def rows(batch_size: int, mesh: Mesh) -> np.ndarray:
     parts = math.prod(mesh.shape[axis] for axis in ROWS)
     if batch_size % parts:
         raise ValueError(
-            f"a batch of {batch_size} rows does not split over data × fsdp = {parts} devices: give a multiple of {parts}"
+            f"a batch of {batch_size} rows does not split over data × fsdp = {parts}: give a multiple of {parts} rows"
         )
     places = NamedSharding(mesh, PartitionSpec(ROWS)).addressable_devices_indices_map((batch_size,))
     return np.unique([np.arange(batch_size)[index] for index in places.values()])
@@ -93,7 +93,7 @@ def spread(batch: Any, mesh: Mesh) -> Any:
             )
         held = rows(x.shape[0] // mine * parts, mesh)
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             wanted = np.arange(len(x) // mine * parts)[index[0]]
             return np.asarray(x[np.searchsorted(held, wanted)][(slice(None), *index[1:])])
 

@@ -1,8 +1,8 @@
 """Several processes, on one machine or on many: how they find one another, and which rows each of them reads.
 
-    hosts.start()                             # reads what Slurm, Kubernetes, Open MPI or torchrun have set; else nothing
-    mesh = sharding.mesh(fsdp=-1)             # the devices of all processes
-    data = hosts.batches(data, mesh)          # each process reads its part of every batch
+    hosts.start()                         # reads what Slurm, Kubernetes, Open MPI or torchrun have set; else nothing
+    mesh = sharding.mesh(fsdp=-1)         # the devices of all processes
+    data = hosts.batches(data, mesh)      # each process reads its part of every batch
 
 Every process runs the same script, and one script serves one device, several, and several hosts.
 `python -m peft_jax.launch` starts several processes on one machine and watches over them.
@@ -12,6 +12,7 @@ import atexit
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -87,7 +88,7 @@ def _place(coordinator: str | None, processes: int | None, process: int | None) 
     if None not in given.values():
         return check(Place(coordinator, processes, process))  # type: ignore[arg-type]
     found = read(os.environ)
-    known = {name: value for name, value in given.items() if value is not None}
+    known: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if found is not None:
         return check(found._replace(**known))
     if known:

@@ -8,7 +8,6 @@ import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -139,13 +138,3 @@ def loader(data: Any, batch_size: int, mesh: Mesh, *, threads: int = 4, ahead: i
     reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
     own = grain.MapDataset.source(share).to_iter_dataset(reading).batch(len(share.rows), drop_remainder=True)
     return Loader(iter(own), mesh)
-
-
-def agree(value: int, what: str) -> None:
-    """Raises on every process if they do not all have the same number."""
-    from jax.experimental import multihost_utils
-
-    if jax.process_count() > 1:
-        found = np.asarray(multihost_utils.process_allgather(np.uint32(value))).reshape(-1)
-        if len(set(found.tolist())) > 1:
-            raise ValueError(what)

@@ -43,49 +43,67 @@ def _left(deadline: float, most: float = 5.0) -> float:
 
 def _listen(place: Place, deadline: float, timeout: float) -> None:
     host, port = split(place.coordinator)
-    local = host in (name.strip("[]") for name in LOOPBACK)
-    family = socket.AF_INET6 if ":" in host or (not local and socket.has_dualstack_ipv6()) else socket.AF_INET
-    where = (host if local else "", port)
+    local = place.coordinator.rpartition(":")[0] in LOOPBACK
+    six = ":" in host if local else socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if six else socket.AF_INET
     try:
-        server = socket.create_server(where, family=family, dualstack_ipv6=family == socket.AF_INET6 and not local)
+        server = socket.create_server((host if local else "", port), family=family, dualstack_ipv6=six and not local)
     except OSError as error:
         raise OSError(
             f"process 0 cannot listen at {place.coordinator} ({error.strerror or error}): choose another MASTER_PORT"
         ) from None
     callers: dict[int, socket.socket] = {}
-    with server, contextlib.ExitStack() as open_sockets:
-        wrong = ""
-        while len(callers) < place.processes - 1 and not wrong:
-            if time.monotonic() > deadline:
-                missing = [i for i in range(1, place.processes) if i not in callers]
-                names = f"process{'es' * (len(missing) > 1)} {', '.join(map(str, missing))} of {place.processes}"
-                wrong = (
-                    f"{names} did not come to {place.coordinator} within {timeout:g} s: look at their output, and "
-                    "whether they can reach that address"
-                )
-                break
-            server.settimeout(_left(deadline))
-            with contextlib.suppress(OSError):
-                caller, _ = server.accept()
-                open_sockets.enter_context(caller)
-                caller.settimeout(_left(deadline))
-                said = _receive(caller).split()
-                if len(said) != 3 or said[0] != _HELLO or not (said[1] + said[2]).isdigit():
-                    continue  # somebody else's connection
-                process, processes = int(said[1]), int(said[2])
-                if processes != place.processes:
-                    wrong = f"process {process} says that there are {processes} processes, and process 0 says "
-                    wrong += f"{place.processes}: give all of them the same number"
-                elif process in callers:
-                    wrong = f"two processes say that they are process {process} of {processes}: give each its own number"
-                callers.setdefault(process, caller)
+    with server, contextlib.ExitStack() as opened:
+        error = None
+        try:
+            while len(callers) < place.processes - 1:
+                _accept(server, callers, opened, place, deadline, timeout)
+        except (ValueError, TimeoutError) as found:
+            error = found
         for caller in callers.values():
             with contextlib.suppress(OSError):
-                caller.sendall(f"{wrong or _GO}\n".encode())
-                caller.settimeout(_left(deadline))
-                caller.recv(1)  # the caller closes first: the port is free at once
-    if wrong:
-        raise (TimeoutError if "did not come" in wrong else ValueError)(wrong)
+                caller.sendall(f"{error or _GO}\n".encode())
+                caller.settimeout(1.0)
+                caller.recv(1)  # the caller closes first: so the port is free at once
+    if error is not None:
+        raise error
+
+
+def _accept(
+    server: socket.socket,
+    callers: dict[int, socket.socket],
+    opened: contextlib.ExitStack,
+    place: Place,
+    deadline: float,
+    timeout: float,
+) -> None:
+    """Takes one more call, if it is one of ours."""
+    if time.monotonic() > deadline:
+        missing = [str(i) for i in range(1, place.processes) if i not in callers]
+        raise TimeoutError(
+            f"process{'es' * (len(missing) > 1)} {', '.join(missing)} of {place.processes} did not come to "
+            f"{place.coordinator} within {timeout:g} s: look at their output, and whether they can reach that address"
+        )
+    server.settimeout(_left(deadline))
+    try:
+        caller, _ = server.accept()
+        opened.enter_context(caller)
+        caller.settimeout(_left(deadline))
+        said = _receive(caller).split()
+    except (OSError, UnicodeDecodeError):
+        return
+    if len(said) != 3 or said[0] != _HELLO or not (said[1] + said[2]).isdigit():
+        return  # somebody else's connection
+    process, processes = int(said[1]), int(said[2])
+    again = process in callers or process == 0
+    callers[process if not again else -1 - len(callers)] = caller
+    if processes != place.processes:
+        raise ValueError(
+            f"process {process} says that there are {processes} processes, and process 0 says {place.processes}: give "
+            "all of them the same number"
+        )
+    if again:
+        raise ValueError(f"two processes say that they are process {process} of {processes}: number them from 0")
 
 
 # -- the others -------------------------------------------------------------------------------------------------------

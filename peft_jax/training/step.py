@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 
 from peft_jax.core import Forward, Params, Ports
+from peft_jax.on_disk import put
 from peft_jax.training.losses import Batch, Loss, next_token
 from peft_jax.training.paging import fetch, is_paged, put_back
 from peft_jax.trees import Optimiser, apply_updates, combine, partition, transformation, weights
@@ -110,17 +110,8 @@ def _spread(state: State) -> State:
     if not meshes:
         return state
     everywhere = jax.NamedSharding(meshes[0], jax.P())
-    onto = lambda x: x if isinstance(x.sharding, jax.NamedSharding) else _copied(x, everywhere)  # noqa: E731
+    onto = lambda x: x if isinstance(x.sharding, jax.NamedSharding) else put(x, everywhere)  # noqa: E731
     return jax.tree.map(onto, state)
-
-
-def _copied(x: Array, sharding: jax.NamedSharding) -> Array:
-    """A small array on every device of a mesh, those of other processes included: these have the same."""
-    if sharding.is_fully_addressable:
-        return jax.device_put(x, sharding)
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        return jax.random.wrap_key_data(_copied(jax.random.key_data(x), sharding), impl=jax.random.key_impl(x))
-    return jax.make_array_from_callback(x.shape, sharding, np.asarray(x).__getitem__)
 
 
 def shardings_of(state: State) -> State | None:
