@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TextIO
+from typing import Any
 
 GRACE = 5.0
 
@@ -31,7 +31,7 @@ def run(
     devices: int | None = None,
     grace: float = GRACE,
     restarts: int = 0,
-    out: TextIO | None = None,
+    out: Any = None,
 ) -> int:
     """Runs `command` in `processes` processes that find one another over loopback; gives the exit status.
 
@@ -40,7 +40,7 @@ def run(
         devices: fake CPU devices a process; by default, the machine's own devices.
         grace: seconds from a death (or a signal to this process) until the processes that are left are killed.
         restarts: how often all of them are started again after a death.
-        out: where their output and the errors go, by default the standard error stream.
+        out: a text stream for their output and the errors, by default the standard error stream.
 
     Raises:
         ValueError: if a number is out of range.
@@ -212,7 +212,7 @@ def _signals(handle: Callable[[int], None]) -> Iterator[None]:
 # -- output -----------------------------------------------------------------------------------------------------------
 
 
-def _speaker(out: TextIO) -> Callable[[str], None]:
+def _speaker(out: Any) -> Callable[[str], None]:
     lock = threading.Lock()
 
     def say(text: str) -> None:
@@ -225,10 +225,10 @@ def _speaker(out: TextIO) -> Callable[[str], None]:
 
 def _copy(child: Any, prefix: str, say: Callable[[str], None]) -> None:
     """The output of a process, line by line.  Of a line that is written over, as progress bars do, the last state."""
-    rest = b""
-    for line in iter(child.stdout.readline, b""):
-        rest = line.rstrip(b"\n").rstrip(b"\r").rpartition(b"\r")[2]
-        say(f"{prefix}{rest.decode(errors='replace')}\n")
+    with child.stdout as lines:
+        for line in lines:
+            last = line.rstrip(b"\n").rstrip(b"\r").rpartition(b"\r")[2]
+            say(f"{prefix}{last.decode(errors='replace')}\n")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ what is wrong), and leaves the port to JAX.
 """
 
 import contextlib
+import os
 import socket
 import time
 
@@ -49,24 +50,25 @@ def _listen(place: Place, deadline: float, timeout: float) -> None:
     try:
         server = socket.create_server((host if local else "", port), family=family, dualstack_ipv6=six and not local)
     except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
         raise OSError(
-            f"process 0 cannot listen at {place.coordinator} ({error.strerror or error}): choose another MASTER_PORT"
+            f"process 0 cannot listen at {place.coordinator} ({reason}): choose another MASTER_PORT"
         ) from None
     callers: dict[int, socket.socket] = {}
     with server, contextlib.ExitStack() as opened:
-        error = None
+        wrong: Exception | None = None
         try:
             while len(callers) < place.processes - 1:
                 _accept(server, callers, opened, place, deadline, timeout)
-        except (ValueError, TimeoutError) as found:
-            error = found
+        except (ValueError, TimeoutError) as error:
+            wrong = error
         for caller in callers.values():
             with contextlib.suppress(OSError):
-                caller.sendall(f"{error or _GO}\n".encode())
+                caller.sendall(f"{wrong or _GO}\n".encode())
                 caller.settimeout(1.0)
                 caller.recv(1)  # the caller closes first: so the port is free at once
-    if error is not None:
-        raise error
+    if wrong is not None:
+        raise wrong
 
 
 def _accept(

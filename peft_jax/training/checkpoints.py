@@ -157,9 +157,11 @@ def _plain(state: State) -> dict[str, Any]:
     """The state as orbax is given it: a typed key as its words."""
     fields = state._asdict()
     if _is_typed(state.key):
-        data = jax.random.key_data
-        concrete = isinstance(state.key, jax.Array)
-        fields["key"] = data(state.key) if concrete else jax.eval_shape(data, state.key)
+        if isinstance(state.key, jax.Array):
+            fields["key"] = jax.random.key_data(state.key)
+        else:  # with its sharding, without which orbax takes that of the devices it was saved from
+            words = jax.eval_shape(jax.random.key_data, state.key)
+            fields["key"] = jax.ShapeDtypeStruct(words.shape, words.dtype, sharding=state.key.sharding)
     return fields
 
 

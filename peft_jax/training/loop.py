@@ -10,6 +10,7 @@ from pathlib import Path as File
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
