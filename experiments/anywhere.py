@@ -60,7 +60,7 @@ def pieces(params: Any, mesh: Any) -> Any:
 
 
 def train(model: models.Model, mesh: Any, steps: int, **options: Any) -> training.Run:
-    method = pj.chain(methods.lora(rank=4, dropout=0.1, select=r"(q|v)_proj"), methods.unfreeze("embed"))
+    method = pj.chain(methods.lora(rank=4, dropout=0.1, select=r"(q|v)_proj"), methods.unfreeze("embed|lm_head"))
     params, forward = method(jax.random.key(1), model.params, model.forward)
     params = pj.place(params, pieces(params, mesh))
     tx = pj.freeze(optax.adamw(1e-2), params)
@@ -70,7 +70,7 @@ def train(model: models.Model, mesh: Any, steps: int, **options: Any) -> trainin
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="LoRA on whatever devices there are.")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--checkpoints", help="a directory that all processes see (default: nothing is saved)")
     parser.add_argument("--save-every", type=int, default=20)
     parser.add_argument("--data", type=int, default=1, help="devices along the mesh's data axis (the others: fsdp)")

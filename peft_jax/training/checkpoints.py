@@ -137,6 +137,11 @@ def abstract(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
 
+def _like(x: Any, like: Any) -> jax.ShapeDtypeStruct:
+    """An abstract array in the sharding of another: without one, orbax takes that of the devices it was saved from."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=like.sharding)
+
+
 def _on_device(x: Any) -> jax.ShapeDtypeStruct:
     """As `abstract`, never in host memory: arrays that orbax makes there have the type of those on the device."""
     sharding = x.sharding if x.sharding is None else x.sharding.with_memory_kind("device")
@@ -157,11 +162,9 @@ def _plain(state: State) -> dict[str, Any]:
     """The state as orbax is given it: a typed key as its words."""
     fields = state._asdict()
     if _is_typed(state.key):
-        if isinstance(state.key, jax.Array):
-            fields["key"] = jax.random.key_data(state.key)
-        else:  # with its sharding, without which orbax takes that of the devices it was saved from
-            words = jax.eval_shape(jax.random.key_data, state.key)
-            fields["key"] = jax.ShapeDtypeStruct(words.shape, words.dtype, sharding=state.key.sharding)
+        data = jax.random.key_data
+        concrete = isinstance(state.key, jax.Array)
+        fields["key"] = data(state.key) if concrete else _like(jax.eval_shape(data, state.key), state.key)
     return fields
 
 
