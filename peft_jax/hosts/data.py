@@ -64,8 +64,8 @@ def batches(data: Any, mesh: Mesh) -> Batches:
     >>> import numpy as np
     >>> from peft_jax import hosts, sharding, training
     >>> mesh = sharding.mesh(fsdp=-1)
-    >>> data = training.batches({"tokens": np.arange(80).reshape(40, 2)}, batch_size=8 * mesh.size)
-    >>> hosts.batches(data, mesh).batch(0)["tokens"].shape == (8 * mesh.size, 2)
+    >>> data = training.batches({"tokens": np.arange(80).reshape(40, 2)}, batch_size=mesh.size)
+    >>> hosts.batches(data, mesh).batch(0)["tokens"].shape == (mesh.size, 2)
     True
     """
     return Batches(data, mesh)
