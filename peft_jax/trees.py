@@ -471,15 +471,13 @@ def place(params: Params, shardings: Any = None) -> Params:
     Args:
         params: the tree.
         shardings: a sharding, or a tree of them that `params`' structure refines; None leaves arrays where they are
-            and reads the rest onto the default device.
+            and reads the rest onto the default device.  Of a sharding over several processes each gives its own pieces.
     """
     unread = any(map(on_disk.is_on_disk, weights(params)))
-    if shardings is not None and not unread:
-        return jax.device_put(params, shardings)
 
     def put(sharding: Any, part: Params) -> Params:
         def each(leaf: Any) -> Any:
-            return on_disk.place(leaf, sharding) if on_disk.is_on_disk(leaf) else jax.device_put(leaf, sharding)
+            return on_disk.place(leaf, sharding) if on_disk.is_on_disk(leaf) else on_disk.put(leaf, sharding)
 
         return jax.tree.map(each, part, is_leaf=on_disk.is_on_disk)
 
