@@ -36,7 +36,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from peft_jax import trees
@@ -97,6 +97,29 @@ def spread(batch: Any, mesh: Mesh) -> Any:
     return jax.tree.map(each, batch)
 
 
+def mesh_of(x: jax.Array) -> AbstractMesh | None:
+    """The mesh that an array lies on, known of traced arrays too; None of one device, and inside a `jax.shard_map`."""
+    mesh = jax.typeof(x).sharding.mesh
+    return None if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types) else mesh
+
+
+def pin(x: jax.Array) -> jax.Array:
+    """Activations ``[batch, time, …]``, whose rows and tokens lie as those of the batch that `spread` gave.
+
+    Models say so where they embed and multiply.  Without it the compiler finds it cheaper to split the width, as the
+    weights are, and to exchange activations.  Where `x` lies on no mesh, or an axis does not divide, nothing is said.
+    """
+    mesh = mesh_of(x)
+    if mesh is None or x.ndim < 3:
+        return x
+    spec: list[Any] = [PartitionSpec.UNCONSTRAINED] * x.ndim
+    for i, axes in enumerate((ROWS, ("sequence",))):
+        axes = tuple(a for a in axes if mesh.shape.get(a, 1) > 1)
+        if x.shape[i] % math.prod(mesh.shape[a] for a in axes) == 0:
+            spec[i] = _entry(axes)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
+
+
 # -- weights ----------------------------------------------------------------------------------------------------------
 
 
@@ -118,16 +141,22 @@ def shard(params: Params, forward: Forward, mesh: Mesh) -> Params:
     PartitionSpec('fsdp', None)
     """
 
+    params = told(params, mesh)
+    return trees.place(params, shardings(params, forward, mesh))
+
+
+def told(params: Params, mesh: Mesh) -> Params:
+    """The same tree, abstract or not, whose leaves in few bits know how `mesh` splits them where they are used."""
+
     def tell(path: Path, leaf: Leaf) -> Leaf:
         split = matrix_sharding(path, leaf, mesh)
         if split is None:
             return leaf
-        kept = [tuple(a for a in _names(entry) if a not in PIECES) for entry in split.spec]
-        use = NamedSharding(mesh, PartitionSpec(*(axes or None for axes in kept)))
+        kept = [tuple(axis for axis in _names(entry) if axis not in PIECES) for entry in split.spec]
+        use = PartitionSpec(*map(_entry, kept))
         return rebase(leaf, lambda base: dataclasses.replace(base, use=use) if hasattr(base, "use") else base)
 
-    told = trees.map_leaves(tell, params)
-    return trees.place(told, shardings(told, forward, mesh))
+    return trees.map_leaves(tell, params)
 
 
 def shardings(params: Params, forward: Forward, mesh: Mesh) -> PyTree[NamedSharding]:

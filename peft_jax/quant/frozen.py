@@ -14,9 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
-from peft_jax.sharding import arrays_like
+from peft_jax.sharding import arrays_like, mesh_of
 from peft_jax.weights import Weight, linear, unembed
 
 
@@ -32,9 +33,9 @@ class Frozen(Weight):
     `stored`, the dtype that it stands for; and it defines `dequantise`, the array of one layer.  `implementation` says
     which code multiplies by it: see `peft_jax.quant.kernels`.
 
-    `use` is the sharding of the matrix ``[in, out]`` at the moment it is multiplied by, or None off a mesh: where a mesh
-    keeps a leaf in more pieces than that (FSDP), its codes and scales are gathered, and not the numbers that they stand
-    for, which the compiler would gather.  `peft_jax.sharding.shard` sets it.
+    `use` says how the matrix ``[in, out]`` is split at the moment it is multiplied by, a PartitionSpec, or None: where a
+    mesh keeps a leaf in more pieces than that (FSDP), its codes and scales are gathered, and not the numbers that they
+    stand for, which the compiler would gather.  `peft_jax.sharding.shard` sets it.
     """
 
     codes: Any
@@ -94,9 +95,10 @@ def _product(x: Array, w: Frozen, transpose: bool) -> Array:
 
 def gathered(w: Frozen) -> Frozen:
     """One layer's leaf, its codes and scales in the pieces in which they are used."""
-    if w.use is None or jax.sharding.get_abstract_mesh().manual_axes:  # in a shard_map pieces are the caller's concern
+    mesh = mesh_of(w.codes)
+    if w.use is None or mesh is None:
         return w
-    return jax.tree.map(jax.lax.with_sharding_constraint, w, arrays_like(w, w.use))
+    return jax.tree.map(jax.lax.with_sharding_constraint, w, arrays_like(w, NamedSharding(mesh, w.use)))
 
 
 def tied(w: Frozen, x: Array) -> Frozen:
