@@ -41,6 +41,8 @@ from jaxtyping import PyTree
 
 from peft_jax import trees
 from peft_jax.core import Forward, Params, Path
+from peft_jax.hlo import Collective as Collective
+from peft_jax.hlo import collectives as collectives
 from peft_jax.weights import Leaf, is_weight, rebase
 
 AXES = ("data", "fsdp", "tensor", "sequence")
@@ -210,12 +212,12 @@ def matrix_sharding(path: Path, leaf: Leaf, mesh: Mesh) -> NamedSharding | None:
 
 
 def arrays_like(leaf: Leaf, split: NamedSharding) -> PyTree[NamedSharding]:
-    """The shardings of a leaf's arrays, where `split` is that of the matrix ``[*layers, in, out]`` it stands for.
+    """The shardings of a leaf's arrays, where `split` is that of one matrix ``[in, out]`` that it stands for.
 
     An array that an axis of the mesh does not divide (few groups, few ranks) is not split by it.
     """
     mesh = split.mesh
-    inputs, outputs = ((None, None) + tuple(split.spec))[-2:] if len(split.spec) > 1 else (None, None)
+    inputs, outputs = split.spec
     along = {"in": _names(inputs), "out": _names(outputs), None: ()}
 
     def array(x: Any, names: tuple[str | None, ...]) -> NamedSharding:
