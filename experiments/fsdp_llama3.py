@@ -13,17 +13,11 @@ nothing of speed.
 
 import argparse
 import collections
-import os
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-FAKE = "--xla_force_host_platform_device_count=8"
-if __name__ == "__main__" and {"tiny", "--collectives"} & set(sys.argv):  # before JAX counts the devices
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAKE}"
-    os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import jax.numpy as jnp
@@ -103,25 +97,27 @@ def compile_step(
         wrapped.append(made)
         return params
 
-    key = jax.eval_shape(lambda: jax.random.key(0))
+    key: Any = jax.eval_shape(lambda: jax.random.key(0))
     params = sharding.told(jax.eval_shape(init, key), mesh)
-    like = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)  # noqa: E731
+    like: Any = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)  # noqa: E731
     params = jax.tree.map(like, params, sharding.shardings(params, wrapped[0], mesh))
     trained, frozen = pj.partition(params)
     tx, whole = optax.adamw(1e-4), jax.NamedSharding(mesh, jax.P())
-    is_moments = lambda node: jax.tree.structure(node) == jax.tree.structure(trained)  # noqa: E731
+    structure: Any = jax.tree.structure(trained)
+    is_moments = lambda node: structure == jax.tree.structure(node)  # noqa: E731
     moments = jax.tree.map(
-        lambda node: jax.tree.map(lambda x, t: like(x, t.sharding), node, trained)
-        if is_moments(node)
-        else like(node, whole),
+        lambda node: (
+            jax.tree.map(lambda x, t: like(x, t.sharding), node, trained) if is_moments(node) else like(node, whole)
+        ),
         jax.eval_shape(tx.init, trained),
         is_leaf=is_moments,
     )
-    state = training.State(trained, moments, like(jax.eval_shape(lambda: jnp.int32(0)), whole), like(key, whole))
+    count: Any = like(jax.eval_shape(lambda: jnp.int32(0)), whole)
+    state = training.State(trained, moments, count, like(key, whole))
     rows = jax.NamedSharding(mesh, jax.P(sharding.ROWS, "sequence"))
     given = {name: jax.ShapeDtypeStruct((batch, length), jnp.int32, sharding=rows) for name in ("tokens", "targets")}
     given["weights"] = jax.ShapeDtypeStruct((batch, length), jnp.float32, sharding=rows)
-    step = training.make_step(wrapped[0], tx, shardings=shardings_of(state))
+    step: Any = training.make_step(wrapped[0], tx, shardings=shardings_of(state))
     return step.lower(state, frozen, given).compile()
 
 
@@ -132,7 +128,10 @@ def table(found: Sequence[sharding.Collective]) -> str:
         arrays = c.arrays if len(c.arrays) < 4 else (*c.arrays[:2], f"and {len(c.arrays) - 2} more")
         rows[c.kind, ", ".join(arrays), _when(c.where)].append(c)
     size = lambda group: sum(c.times * c.bytes for c in group)  # noqa: E731
-    lines = ["| collective | what each device has of it then | when | times a step | GB a step |", "|---|---|---|---|---|"]
+    lines = [
+        "| collective | what each device has of it then | when | times a step | GB a step |",
+        "|---|---|---|---|---|",
+    ]
     for (kind, arrays, when), group in sorted(rows.items(), key=lambda row: -size(row[1])):
         lines.append(f"| {kind} | `{arrays}` | {when} | {sum(c.times for c in group):,} | {size(group) / 1e9:.4f} |")
     return "\n".join([*lines, f"| all | | | {sum(c.times for c in found):,} | {size(found) / 1e9:.4f} |"])
@@ -165,7 +164,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     mesh = sharding.mesh(**{axis: getattr(args, axis) for axis in sharding.AXES})
     if args.collectives:
         config = plan.read("llama-3-8b")
-        print(table(sharding.collectives(compile_step(config, method_of(args.method, args.rank), mesh, **_sizes(args)))))
+        print(
+            table(sharding.collectives(compile_step(config, method_of(args.method, args.rank), mesh, **_sizes(args))))
+        )
         return
     if args.profile == "paper":
         train(args, mesh)
@@ -185,4 +186,7 @@ def _sizes(args: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    if {"tiny", "--collectives"} & set(sys.argv):
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", 8)
     main()

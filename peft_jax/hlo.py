@@ -3,8 +3,8 @@
     for c in sharding.collectives(step.lower(state, frozen, batch).compile()):
         print(c.kind, c.arrays, c.times * c.bytes)
 
-A program for a mesh is one for each device, into which the compiler has put collectives.  Those in a loop (the layers of
-a scanned model) run as often as it does, which the program's text says.
+A program for a mesh is one for each device, into which the compiler has put collectives.  Those in a loop (the layers
+of a scanned model) run as often as it does, which the program's text says.
 """
 
 import collections
@@ -61,7 +61,9 @@ def collectives(compiled: Any) -> list[Collective]:
     calls: dict[str, list[tuple[str, int]]] = collections.defaultdict(list)
     for caller, line in lines:
         trips = int(found[1]) if (found := _TRIPS.search(line)) else 1
-        called = _CALL.findall(line) + [n.strip().lstrip("%") for n in ",".join(_BRANCHES.findall(line)).split(",") if n]
+        called = _CALL.findall(line) + [
+            n.strip().lstrip("%") for n in ",".join(_BRANCHES.findall(line)).split(",") if n
+        ]
         calls[caller] += [(name, trips) for name in called]
     times: dict[str, int] = collections.defaultdict(int)
 
@@ -81,7 +83,12 @@ def _read(line: str, times: int) -> Collective:
     size = sum(math.prod(int(n) for n in shape.split(",") if n) * _bits(kind) for kind, shape in arrays) // 8
     name = _NAME.search(line)
     return Collective(
-        found[2], tuple(f"{kind}[{shape}]" for kind, shape in arrays), size, times, _group(line), name[1] if name else ""
+        found[2],
+        tuple(f"{kind}[{shape}]" for kind, shape in arrays),
+        size,
+        times,
+        _group(line),
+        name[1] if name else "",
     )
 
 

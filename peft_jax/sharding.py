@@ -24,8 +24,8 @@ Where a weight ``[in, out]`` is split follows from what it does, which its path 
     norms, biases, prompts, ranks, scales   whole on every device
 
 and so do the arrays of a typed leaf, by `Weight.axes`: LoRA's a goes with ``in``, its b with ``out``, codes and their
-scales with both.  An axis of the mesh that does not divide one of the two goes to the other; where it divides neither, a
-small weight stays whole and a big one raises.
+scales with both.  An axis of the mesh that does not divide one of the two goes to the other; where it divides neither,
+a small weight stays whole and a big one raises.
 """
 
 import dataclasses
@@ -221,7 +221,7 @@ def arrays_like(leaf: Leaf, split: NamedSharding) -> PyTree[NamedSharding]:
     along = {"in": _names(inputs), "out": _names(outputs), None: ()}
 
     def array(x: Any, names: tuple[str | None, ...]) -> NamedSharding:
-        spec = [None] * len(x.shape)
+        spec: list[Any] = [None] * len(x.shape)
         for i, name in enumerate(names, len(spec) - len(names)):
             axes = along[name]
             while math.prod(mesh.shape[a] for a in axes) > 1 and x.shape[i] % math.prod(mesh.shape[a] for a in axes):
@@ -229,34 +229,25 @@ def arrays_like(leaf: Leaf, split: NamedSharding) -> PyTree[NamedSharding]:
             spec[i] = _entry(axes)
         return NamedSharding(mesh, PartitionSpec(*spec))
 
-    def part(x: Any, names: Any) -> Any:
-        if is_weight(x):
-            return arrays_like(x, split)
-        return jax.tree.map(array, x, names)
-
-    if trees.on_disk.is_on_disk(leaf):
+    if not is_weight(leaf) or trees.on_disk.is_on_disk(leaf):
         return array(leaf, ("in", "out"))
-    if not is_weight(leaf):
-        return array(leaf, ("in", "out"))
-    own, whole = leaf.axes(), {}
-    for field in dataclasses.fields(leaf):
-        value = getattr(leaf, field.name)
-        if field.metadata.get("static"):
-            continue
-        if field.name == "base" and not is_weight(value) and value is not None:
-            whole[field.name] = array(value, ("in", "out"))
-        elif field.name in own:
-            whole[field.name] = part(value, own[field.name])
+    own, found = leaf.axes(), dict[str, Any]()
+    for name in (field.name for field in dataclasses.fields(leaf) if not field.metadata.get("static")):
+        value = getattr(leaf, name)
+        if name in own:
+            found[name] = jax.tree.map(array, value, own[name])
+        elif name == "base" and value is not None:
+            found[name] = arrays_like(value, split)
         else:
-            whole[field.name] = jax.tree.map(
-                lambda x: arrays_like(x, split) if is_weight(x) else array(x, ()), value, is_leaf=is_weight
-            )
-    return dataclasses.replace(leaf, **whole)
+            inside = lambda x: arrays_like(x, split) if is_weight(x) else array(x, ())  # noqa: E731
+            found[name] = jax.tree.map(inside, value, is_leaf=is_weight)
+    return dataclasses.replace(leaf, **found)
 
 
 def _alone(where: str, x: Any, lead: int, mesh: Mesh) -> NamedSharding:
     """Of an array that is no matrix of the model's: whole, or over fsdp where it is big."""
-    shape, spec, size = tuple(x.shape), [None] * len(x.shape), mesh.shape.get("fsdp", 1)
+    shape, size = tuple(x.shape), mesh.shape.get("fsdp", 1)
+    spec: list[Any] = [None] * len(shape)
     if size > 1 and math.prod(shape[lead:]) >= BIG:
         free = [i for i in range(lead, len(shape)) if shape[i] % size == 0]
         if not free:

@@ -442,7 +442,7 @@ def test_layers_that_differ_load_unrolled(double: Path, tmp_path: Path) -> None:
     shardings = jax.tree.map(lambda x: columns if x.ndim == 3 else whole, quant.dequantise(models.load(double).params))
     placed = models.load(double, shardings=shardings).params
     codes = placed["model"]["layers"]["mlp"]["up_proj"]["kernel"].codes
-    assert codes.sharding.spec == (None, "model", None)  # stored output by output
+    assert codes.sharding.spec == jax.P(None, "model", None)  # stored output by output
     jax.tree.map(np.testing.assert_array_equal, placed, models.load(double).params)
 
 

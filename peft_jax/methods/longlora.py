@@ -169,12 +169,13 @@ class ShiftedAttention:
             return jnp.concatenate(parts[::-step], 1)
 
         def own(query: Array, key: Array, value: Array, segments: Any, window: Any, index: Array) -> Array:
-            arrays = (query, key, value, *segments)
+            arrays: list[Any] = [query, key, value, *segments]
             if by:
-                arrays = tuple(x if x is None else shifted(x, by) for x in arrays)
+                arrays = [x if x is None else shifted(x, by) for x in arrays]
 
             def attend(start: int, stop: int, group: int) -> Array:
-                q, k, v, asking, asked = (x if x is None else x[:, start:stop] for x in arrays)
+                parts: Any = [x if x is None else x[:, start:stop] for x in arrays]
+                q, k, v, asking, asked = parts
                 seen = dataclasses.replace(visible, query_segments=asking, key_segments=asked, window=window)
                 return dataclasses.replace(self, group=group)._grouped(q, k, v, seen, scale, 0)
 

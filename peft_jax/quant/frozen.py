@@ -33,9 +33,9 @@ class Frozen(Weight):
     `stored`, the dtype that it stands for; and it defines `dequantise`, the array of one layer.  `implementation` says
     which code multiplies by it: see `peft_jax.quant.kernels`.
 
-    `use` says how the matrix ``[in, out]`` is split at the moment it is multiplied by, a PartitionSpec, or None: where a
-    mesh keeps a leaf in more pieces than that (FSDP), its codes and scales are gathered, and not the numbers that they
-    stand for, which the compiler would gather.  `peft_jax.sharding.shard` sets it.
+    `use` says how the matrix ``[in, out]`` is split at the moment it is multiplied by, a PartitionSpec, or None: where
+    a mesh keeps a leaf in more pieces than that (FSDP), its codes and scales are gathered, and not the numbers that
+    they stand for, which the compiler would gather.  `peft_jax.sharding.shard` sets it.
     """
 
     codes: Any

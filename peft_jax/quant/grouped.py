@@ -44,10 +44,10 @@ class GroupedInt(Frozen):
     bits: int = static(default=4)
     group_size: int = static(default=32)
     implementation: str = static(default="xla")
-    use: Any = placement()
+    use: Any = placement()  # noqa: RUF009
 
     def axes(self) -> dict[str, Any]:
-        return {name: ("in", "out") for name in ("codes", "step", "zero")}
+        return dict.fromkeys(("codes", "step", "zero"), ("in", "out"))
 
     def like(self, array: Array) -> "GroupedInt":
         """Another array, stored as this one is."""

@@ -29,7 +29,7 @@ class Int8(Frozen):
     absmax: Any
     stored: str = static(default="float32")
     transposed: bool = static(default=True)
-    use: Any = placement()
+    use: Any = placement()  # noqa: RUF009
 
     @property
     def matrix(self) -> tuple[int, ...]:

@@ -91,7 +91,7 @@ class FourBit(Frozen):
     kind: str = static(default="nf4")
     transposed: bool = static(default=True)
     implementation: str = static(default="xla")
-    use: Any = placement()
+    use: Any = placement()  # noqa: RUF009
 
     def axes(self) -> dict[str, Any]:
         if self.codes.shape[-2] != self.matrix[self.transposed]:  # one row of all numbers
