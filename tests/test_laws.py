@@ -17,6 +17,7 @@ import peft_jax as pj
 from peft_jax import methods, sharding, trees
 from peft_jax.interop import hf_peft
 from peft_jax.training import Checkpoints, State, init_state, make_step
+from peft_jax.training.checkpoints import nodes
 from peft_jax.training.step import shardings_of
 from peft_jax.weights import is_weight
 
@@ -131,6 +132,7 @@ def check_in_pieces(row: Row, params: Any, forward: Any, end: Any, losses: list[
     placed = sharding.shard(params, forward, mesh)
     tx = pj.freeze(row.optimiser(), placed)
     state, frozen = init_state(placed, tx, KEY)
+    assert dict(nodes(placed, "")) == dict(nodes(params, "")), "a checkpoint would not go from one to the other"
     step, batch = make_step(forward, tx, shardings=shardings_of(state)), sharding.spread(BATCH, mesh)
     for i in range(3):
         state, metrics = without_compiling(step, state, frozen, batch) if i else step(state, frozen, batch)
