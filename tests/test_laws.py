@@ -123,7 +123,7 @@ def test_training(row: Row, tmp_path: Any) -> None:
 
 # Rows whose leaves another row has too, or a test of its own (`test_sharding`): a program for eight devices is dear.
 ALIKE = {"lora", "ranks by layer", "dropout and biases", "dylora", "dylora truncated", "olora", "rslora with lora+"}
-ALIKE |= {"vera", "one layer", "two loras and norms", "baked prefix", "longlora"}
+ALIKE |= {"vera", "one layer", "two loras and norms", "several adapters", "baked prefix", "longlora"}
 
 
 def check_in_pieces(row: Row, params: Any, forward: Any, end: Any, losses: list[float]) -> None:
