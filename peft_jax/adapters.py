@@ -119,6 +119,11 @@ def stack(adapted: Mapping[str, Params], forward: Forward, *, name: str = "adapt
             return params, ports
 
         def rows(path: Path, w: Any) -> Weight:
+            if forward.spec.experts(path):
+                raise ValueError(
+                    f"{'/'.join(path)} holds experts, which meet tokens of many rows at once: an adapter a row is "
+                    "not supported there, so choose one for all (adapters.use), or adapt other leaves"
+                )
             active = jnp.broadcast_to(ports.adapter.astype(jnp.int32), (*w.active.shape, *ports.adapter.shape))
             return dataclasses.replace(w, active=active)
 

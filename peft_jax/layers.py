@@ -62,15 +62,19 @@ class Embed(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """``x / rms(x) · scale``, the statistics in fp32."""
+    """``x / rms(x) · scale``, the statistics in fp32; `centred`: ``· (1 + scale)``, the product in fp32 too."""
 
     epsilon: float
+    centred: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
-        scale = leaf(self, "scale", nn.initializers.ones, (x.shape[-1],))
+        start = nn.initializers.zeros if self.centred else nn.initializers.ones
+        scale = leaf(self, "scale", start, (x.shape[-1],))
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.epsilon)
+        if self.centred:
+            return times_vector(wide, 1 + scale.astype(jnp.float32)).astype(x.dtype)
         return times_vector(wide.astype(x.dtype), scale)
 
 

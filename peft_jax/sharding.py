@@ -86,15 +86,49 @@ def mesh(
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def rows(batch_size: int, mesh: Mesh) -> np.ndarray:
+    """Which rows of a batch this process's devices hold, in order: those that it has to read, and no others.
+
+    Raises:
+        ValueError: if the mesh does not split the batch evenly.
+
+    >>> from peft_jax import sharding
+    >>> sharding.rows(8, sharding.mesh(fsdp=-1)).tolist()
+    [0, 1, 2, 3, 4, 5, 6, 7]
+    """
+    parts = math.prod(mesh.shape[axis] for axis in ROWS)
+    if batch_size % parts:
+        raise ValueError(
+            f"a batch of {batch_size} rows does not split over data × fsdp = {parts}: give a multiple of {parts} rows"
+        )
+    places = NamedSharding(mesh, PartitionSpec(ROWS)).addressable_devices_indices_map((batch_size,))
+    return np.unique([np.arange(batch_size)[index] for index in places.values()])
+
+
 def spread(batch: Any, mesh: Mesh) -> Any:
     """A batch on a mesh: rows split over ``data`` and ``fsdp``, tokens over ``sequence``.
 
-    Every process gives its own rows, the same number each; the global batch is all of them.
+    Every process gives its own rows, as `rows` counts them, and all tokens of them; the global batch is all of them.
     """
+    parts = math.prod(mesh.shape[axis] for axis in ROWS)
+    mine = len(rows(parts, mesh))  # of so many equal parts
 
     def each(x: Any) -> jax.Array:
-        spec = PartitionSpec(ROWS, *(("sequence",) if np.ndim(x) > 1 else ()))
-        return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), np.asarray(x))
+        x = np.asarray(x)
+        if x.shape[0] % mine:
+            raise ValueError(
+                f"this process's {x.shape[0]} rows do not split over its {mine} of {parts} parts of a batch: give a "
+                f"multiple of {mine}"
+            )
+        held = rows(x.shape[0] // mine * parts, mesh)
+
+        def part(index: Any) -> np.ndarray:
+            wanted = np.arange(len(x) // mine * parts)[index[0]]
+            return np.asarray(x[np.searchsorted(held, wanted)][(slice(None), *index[1:])])
+
+        spec = PartitionSpec(ROWS, *(("sequence",) if x.ndim > 1 else ()))
+        shape = (x.shape[0] // mine * parts, *x.shape[1:])
+        return jax.make_array_from_callback(shape, NamedSharding(mesh, spec), part)
 
     return jax.tree.map(each, batch)
 

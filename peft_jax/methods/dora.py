@@ -99,8 +99,7 @@ def dora(
 
         def decompose(path: Path, w: Leaf) -> Leaf:
             assert isinstance(w, LoRA)
-            active = jnp.array(w.ranks) > 0
-            active = active if w.scale.ndim else active[0]
+            active = (jnp.array(w.ranks) > 0).reshape(w.scale.shape)
             return DoRA(w, column_norms(materialise(w.base)), active, name=name)
 
         return trees.rewrite(params, inner, decompose)

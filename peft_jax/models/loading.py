@@ -196,7 +196,7 @@ def load(
         params = read_params(found.reader, tensors, rest, layers, scan, own, module.UNUSED, lazy, fields)
         fresh = jax.jit(lambda key: {name: init(key)[name] for name in tops})(key)
         if mesh is not None:
-            fresh = jax.device_put(fresh, {name: shardings[name] for name in tops})
+            fresh = trees.place(fresh, {name: shardings[name] for name in tops})
         params |= jax.tree.map(lambda x: Unfrozen(x, jnp.copy(x), name="head"), fresh)
         forward = trees.bare(forward, "head")
     else:
