@@ -66,6 +66,15 @@ def test_a_llama_s_weights_lie_as_the_page_says() -> None:
     )
 
 
+def test_experts_lie_as_other_kernels_do() -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 64}
+    params, forward = abstract(transformers.MixtralConfig(**sizes, num_local_experts=4))
+    placed = sharding.shardings(params, forward, sharding.mesh(fsdp=4, tensor=2))["model"]["layers"]["mlp"]["experts"]
+    specs = {name: tuple(module["kernel"].spec) for name, module in placed.items()}
+    columns = (None, None, "fsdp", "tensor")  # layers and experts stay together
+    assert specs == {"gate_proj": columns, "up_proj": columns, "down_proj": (None, None, "tensor", "fsdp")}
+
+
 @pytest.mark.parametrize("name", zoo.CONFIGS)
 def test_every_family_s_matrices_are_split_both_ways(name: str) -> None:
     """What ends a block takes its inputs from what the block's other kernels put out: these are split alike."""
