@@ -50,6 +50,9 @@ class Adapters(Weight):
         scale = jnp.where(index >= 0, chosen.scale, jnp.zeros_like(chosen.scale))
         return dataclasses.replace(chosen, base=self.base, scale=scale)
 
+    def axes(self) -> dict[str, Any]:
+        return {}  # `several` is a leaf, and speaks for itself
+
     def materialise(self) -> Array:
         if self.active.ndim:  # stacked layers
             return jax.lax.map(Adapters.materialise, self)

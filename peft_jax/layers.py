@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from peft_jax import trees
 from peft_jax.core import Params, Ports
+from peft_jax.sharding import pin
 from peft_jax.weights import Leaf, embed, linear
 
 normal = nn.initializers.normal(0.02)
@@ -38,7 +39,7 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... inputs"]) -> Float[Array, "... outputs"]:
-        y = linear(x, leaf(self, "kernel", normal, (x.shape[-1], self.features)))
+        y = pin(linear(x, leaf(self, "kernel", normal, (x.shape[-1], self.features))))
         if self.use_bias:
             y = add_vector(y, leaf(self, "bias", nn.initializers.zeros, (self.features,)))
         return y
@@ -57,7 +58,7 @@ class Embed(nn.Module):
 
     @nn.compact
     def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... width"]:
-        return embed(ids, leaf(self, "embedding", normal, (self.vocab, self.width)))
+        return pin(embed(ids, leaf(self, "embedding", normal, (self.vocab, self.width))))
 
 
 class RMSNorm(nn.Module):

@@ -105,6 +105,9 @@ class SVD(Weight):
         stacked = np.array(layers)
         return stacked.reshape(*self.values.shape[:-1], stacked.shape[-1])
 
+    def axes(self) -> dict[str, Any]:
+        return {"q": ("in", None), "p": (None, "out")}
+
     def materialise(self) -> Array:
         return plus_product(materialise(self.base), self.scale, self.q * self._values()[..., None, :], self.p)
 

@@ -47,6 +47,9 @@ class DoRA(Weight):
         acts = self.active[..., None] & (norms > 0)
         return jnp.where(acts, self.magnitude / jnp.where(acts, norms, jnp.ones_like(norms)), jnp.ones_like(norms))
 
+    def axes(self) -> dict[str, Any]:
+        return {"magnitude": ("out",)}
+
     def materialise(self) -> Array:
         base = materialise(self.base)
         return (base.astype(jnp.float32) * self.factor()[..., None, :]).astype(base.dtype)

@@ -55,6 +55,9 @@ class LoRA(Weight):
     ranks: tuple[int, ...] = static(default=())
     name: str = static(default="lora")
 
+    def axes(self) -> dict[str, Any]:
+        return {"a": ("in", None), "b": (None, "out")}
+
     def materialise(self) -> Array:
         return plus_product(materialise(self.base), self.scale, self.a, self.b)
 

@@ -36,6 +36,9 @@ class Residual(Weight):
     scale: Any
     name: str = static(default="residual")
 
+    def axes(self) -> dict[str, Any]:
+        return {"a": ("in", None), "b": (None, "out")}
+
     def materialise(self) -> Array:
         return plus_product(materialise(self.base), -self.scale, self.a, self.b)
 

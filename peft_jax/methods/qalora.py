@@ -75,6 +75,9 @@ class QALoRA(Weight):
         a, b, scale = (x.astype(jnp.float32) for x in (self.a, self.b, self.scale))
         return (self.factor * scale)[..., None, None] * (a @ b)
 
+    def axes(self) -> dict[str, Any]:
+        return {"a": ("in", None), "b": (None, "out")}  # a group is some inputs
+
     def materialise(self) -> Array:
         base = materialise(self.base)
         wide = np.promote_types(base.dtype, np.float32)

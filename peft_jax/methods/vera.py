@@ -67,6 +67,9 @@ class VeRA(Weight):
         inputs, outputs = self.shape[-2:]
         return self.down[:inputs].astype(dtype), self.up[:, :outputs].astype(dtype)
 
+    def axes(self) -> dict[str, Any]:
+        return {"b": ("out",)}
+
     def materialise(self) -> Array:
         base = materialise(self.base)
         wide = np.promote_types(base.dtype, np.float32)

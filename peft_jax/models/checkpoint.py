@@ -16,7 +16,8 @@ import numpy as np
 from peft_jax.core import Params, Path
 from peft_jax.models.quantised import EMPTY, Packed, find
 from peft_jax.models.tensors import Tensor, place
-from peft_jax.on_disk import Index, OnDisk, Reader, aligned, once, whole
+from peft_jax.on_disk import Index, OnDisk, Reader, aligned, once, put, whole
+from peft_jax.sharding import arrays_like
 from peft_jax.trees import leaves, path_of
 from peft_jax.weights import Leaf
 
@@ -183,7 +184,7 @@ def read_params(
 
     def create(keys: Any, leaf: Any, sharding: Any = None) -> Leaf:
         if path_of(keys) in packed.leaves:
-            return _unpacked(packed.leaves[path_of(keys)], "/".join(path_of(keys)), sharding)
+            return _unpacked(packed.leaves[path_of(keys)], sharding)
         slots = [slot._replace(source=names[slot.source]) for slot in made.slots[path_of(keys)]]
         fill = functools.partial(_fill, reader, slots, leaf)
         if lazy and len(reader.shape(slots[0].source)) == 2:
@@ -199,13 +200,14 @@ def read_params(
     return jax.tree_util.tree_map_with_path(create, abstract, spread)
 
 
-def _unpacked(make: Callable[[], Leaf], where: str, sharding: Any) -> Leaf:
-    if sharding is None or sharding.is_fully_replicated:
-        return make() if sharding is None else jax.device_put(make(), sharding)
-    raise ValueError(
-        f"{where} is kept in few bits, whose codes no sharding of the plain array fits: load the checkpoint without "
-        "shardings=, and give pj.place shardings of its own leaves"
-    )
+def _unpacked(make: Callable[[], Leaf], sharding: Any) -> Leaf:
+    """A leaf in few bits, whose arrays lie as `sharding` would have its matrix lie."""
+    leaf = make()
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        return leaf if sharding is None else jax.device_put(leaf, sharding)
+    spec = (*sharding.spec, *[None] * leaf.ndim)[: leaf.ndim][-2:]
+    split = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec))
+    return jax.tree.map(put, leaf, arrays_like(leaf, split))
 
 
 def _fill(reader: Reader, slots: Sequence[Slot], leaf: Any, index: Index) -> np.ndarray:

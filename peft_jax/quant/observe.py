@@ -44,6 +44,9 @@ class Observed(Weight):
     mask: Any = None
     name: str = static(default="observed")
 
+    def axes(self) -> dict[str, Any]:
+        return {}  # what it measures is shared, and away
+
     def materialise(self) -> Array:
         return materialise(self.base)
 

@@ -188,6 +188,9 @@ def nodes(tree: Any, prefix: str) -> Iterator[tuple[str, str]]:
             continue
         fields = {f.name: getattr(node, f.name) for f in dataclasses.fields(node)}
         static = [f.name for f in dataclasses.fields(node) if f.metadata.get("static")]
+        for name in (f.name for f in dataclasses.fields(node) if f.metadata.get("placement")):
+            fields.pop(name)  # another mesh may go on with it
+            static.remove(name)
         yield path, f"{type(node).__name__}({', '.join(f'{name}={_static(fields.pop(name))}' for name in static)})"
         for name, value in fields.items():
             yield from nodes(value, f"{path}/{name}") if value is not None else ()
