@@ -48,21 +48,10 @@ def text() -> list[list[int]]:
     return np.stack(walks, axis=1).tolist()
 
 
-def pieces(params: Any, mesh: Any) -> Any:
-    """Each array split over ``fsdp`` along its longest axis that it divides, or whole."""
-
-    def each(x: jax.Array) -> jax.NamedSharding:
-        axes = [i for i in range(max(0, x.ndim - 2), x.ndim) if x.shape[i] % mesh.shape["fsdp"] == 0]
-        longest = max(axes, key=lambda i: x.shape[i], default=None)
-        return jax.NamedSharding(mesh, jax.P(*("fsdp" if i == longest else None for i in range(x.ndim))))
-
-    return jax.tree.map(each, params)
-
-
 def train(model: models.Model, mesh: Any, steps: int, **options: Any) -> training.Run:
     method = pj.chain(methods.lora(rank=4, dropout=0.1, select=r"(q|v)_proj"), methods.unfreeze("embed|lm_head"))
     params, forward = method(jax.random.key(1), model.params, model.forward)
-    params = pj.place(params, pieces(params, mesh))
+    params = sharding.shard(params, forward, mesh)
     tx = pj.freeze(optax.adamw(1e-2), params)
     data = training.batches(training.pad(text(), length=32), batch_size=16)
     return training.fit(forward, params, tx, hosts.batches(data, mesh), steps, **options)
