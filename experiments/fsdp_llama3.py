@@ -7,7 +7,7 @@
 The first line is what a machine with eight GPUs runs: LoRA of rank 16 on every matrix of the layers (`--method qlora`
 keeps the base in NF4), bf16, 8 rows of 2048 tokens a step, the weights split over all devices and gathered a layer at a
 time.  Weights are created in their pieces, from safetensors; `--fsdp 4 --tensor 2` splits the heads too.  With
-`--checkpoints` a run that was stopped goes on.  Eight fake devices are not eight GPUs: they share a processor, and say
+`--checkpoints` a run that was stopped goes on; on several hosts, every process runs this line.  Eight fake devices are not eight GPUs: they share a processor, and say
 nothing of speed.
 """
 
@@ -25,7 +25,7 @@ import numpy as np
 import optax
 
 import peft_jax as pj
-from peft_jax import methods, models, plan, quant, sharding, training, trees
+from peft_jax import hosts, methods, models, plan, quant, sharding, training, trees
 from peft_jax.models.families import family
 from peft_jax.training.step import shardings_of
 
@@ -60,8 +60,7 @@ def train(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> training.Run:
     print(pj.summary(params))
     rows = training.batches(texts(args, model), args.batch)
     tx = pj.freeze(optax.adamw(args.rate), params)
-    batches = lambda step: sharding.spread(rows.batch(step), mesh)  # noqa: E731
-    return training.fit(forward, params, tx, batches, args.steps, checkpoints=args.checkpoints)
+    return training.fit(forward, params, tx, hosts.batches(rows, mesh), args.steps, checkpoints=args.checkpoints)
 
 
 def texts(args: argparse.Namespace, model: models.Model) -> training.data.Rows:
@@ -161,6 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--profile", default="paper", choices=("paper", "tiny"))
     parser.add_argument("--collectives", action="store_true", help="print the table and stop")
     args = parser.parse_args(arguments)
+    hosts.start()  # alone, it does nothing
     mesh = sharding.mesh(**{axis: getattr(args, axis) for axis in sharding.AXES})
     if args.collectives:
         config = plan.read("llama-3-8b")
