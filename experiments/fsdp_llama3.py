@@ -7,8 +7,8 @@
 The first line is what a machine with eight GPUs runs: LoRA of rank 16 on every matrix of the layers (`--method qlora`
 keeps the base in NF4), bf16, 8 rows of 2048 tokens a step, the weights split over all devices and gathered a layer at a
 time.  Weights are created in their pieces, from safetensors; `--fsdp 4 --tensor 2` splits the heads too.  With
-`--checkpoints` a run that was stopped goes on; on several hosts, every process runs this line.  Eight fake devices are not eight GPUs: they share a processor, and say
-nothing of speed.
+`--checkpoints` a run that was stopped goes on; on several hosts, every process runs this line.  Eight fake devices are
+not eight GPUs: they share a processor, and say nothing of speed.
 """
 
 import argparse
