@@ -141,7 +141,7 @@ class Forward:
     def rewritten(self, rewrite: Rewrite) -> "Forward":
         """The same model, with `rewrite(params, ports)` applied before each call: what a `Method.wrap` is made of."""
 
-        def features(params: Params, inputs: Inputs, ports: Ports) -> Any:
+        def features(params: Params, inputs: Any, ports: Ports) -> Any:
             params, ports = rewrite(params, ports)
             return self.features(params, inputs, ports)
 
@@ -149,7 +149,7 @@ class Forward:
             params, ports = rewrite(params, ports)
             return self.head(params, features, ports)
 
-        return Forward(features, head, self.spec)
+        return dataclasses.replace(self, features=features, head=head)
 
 
 def as_inputs(inputs: Any) -> Inputs:

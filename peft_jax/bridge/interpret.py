@@ -1,0 +1,166 @@
+"""A narrow interpreter of jaxprs: equations that meet a typed leaf go by the rules, all others are bound untouched.
+
+So whatever knows nothing of the leaves stays whole: attention kernels, custom derivatives, collectives, loops.  What
+has a leaf for an operand and a function inside is entered, with the leaf: jit, scan, while, cond, remat, custom_jvp,
+custom_vjp, shard_map.  (Derivatives are then taken of what is inside: a custom rule knows no leaf.)
+
+After JAX's own guide, "Writing custom Jaxpr interpreters in JAX".
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import source_info_util
+from jax.extend.core import Literal
+
+from peft_jax import trees, versions
+from peft_jax.bridge.follow import Followed, NotFollowed
+from peft_jax.bridge.rules import REARRANGING, REFUSED, USING, Rule
+
+# (the equation and those around it, leaf, why): raises, or lets the leaf be multiplied out
+GiveUp = Callable[[Sequence[Any], Followed, str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Interpreter:
+    """`using` are the rules of what is not a mere rearrangement; `give_up` decides where there is none; `inside` are
+    the equations that have been entered."""
+
+    give_up: GiveUp
+    using: Mapping[str, Rule] = dataclasses.field(default_factory=lambda: USING)
+    inside: tuple[Any, ...] = ()
+
+    def run(self, closed: Any, operands: Sequence[Any]) -> list[Any]:
+        jaxpr, consts = versions.opened(closed)
+        found = dict(zip(jaxpr.constvars, consts, strict=True)) | dict(zip(jaxpr.invars, operands, strict=True))
+        read = lambda v: v.val if isinstance(v, Literal) else found[v]  # noqa: E731
+        for eqn in _live(jaxpr):
+            info = eqn.source_info
+            stack = source_info_util.current_name_stack() + info.name_stack
+            with source_info_util.user_context(info.traceback, name_stack=stack), eqn.ctx.manager:
+                values = [read(v) for v in eqn.invars]
+                results = self.apply(eqn, values) if any(map(_is_followed, values)) else bind(eqn, values)
+            found.update(zip(eqn.outvars, results, strict=True))
+        return [read(v) for v in jaxpr.outvars]
+
+    def apply(self, eqn: Any, values: list[Any]) -> list[Any]:
+        name = eqn.primitive.name
+        try:
+            if name in ENTERED:
+                return ENTERED[name](dataclasses.replace(self, inside=(*self.inside, eqn)), eqn, values)
+            rule = self.using.get(name) or REARRANGING.get(name)
+            if rule is None:
+                raise NotFollowed(REFUSED.get(name, "no rule follows it there"))
+            return rule(eqn, values)
+        except NotFollowed as error:
+            return bind(eqn, self.plain(eqn, values, str(error)))
+
+    def plain(self, eqn: Any, values: Sequence[Any], why: str) -> list[Any]:
+        """The values with leaves multiplied out, where that is allowed."""
+        for value in values:
+            if _is_followed(value):
+                self.give_up((*self.inside, eqn), value, why)
+        return [value.array() if _is_followed(value) else value for value in values]
+
+
+def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
+    """An equation as it is, of arrays."""
+    results = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+    return list(results) if eqn.primitive.multiple_results else [results]
+
+
+def _is_followed(value: Any) -> bool:
+    return isinstance(value, Followed)
+
+
+def _live(jaxpr: Any) -> list[Any]:
+    """The equations that something depends on: a leaf may be cast, say, and never used."""
+    needed, live = set(v for v in jaxpr.outvars if not isinstance(v, Literal)), list[Any]()
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.effects or any(v in needed for v in eqn.outvars):
+            live.append(eqn)
+            needed |= {v for v in eqn.invars if not isinstance(v, Literal)}
+    return live[::-1]
+
+
+# -- equations that hold functions -------------------------------------------------------------------------------------
+
+
+def _call(this: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+    return this.run(eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"], values)
+
+
+def _remat(this: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+    p = eqn.params
+    run = lambda *values: this.run(p["jaxpr"], values)  # noqa: E731
+    return jax.checkpoint(run, prevent_cse=p["prevent_cse"], policy=p["policy"])(*values)
+
+
+def _scan(this: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+    p = eqn.params
+    consts, carry, sliced = versions.scan_operands(p, values)
+    carry = this.plain(eqn, carry, "it is carried from step to step, where it could change")
+    sliced = [
+        value if not _is_followed(value) or _starts_with_layers(value) else this.plain(eqn, [value], _NO_LAYERS)[0]
+        for value in sliced
+    ]
+    # What layers share has no axis to slice.
+    xs, shared = zip(*(trees.unshare(v.leaf) if _is_followed(v) else (v, {}) for v in sliced), strict=True)
+    followed = [v if _is_followed(v) else None for v in sliced]
+
+    def body(carry: Any, xs: Any) -> Any:
+        layers = [
+            x if v is None else v.to(v.dims[1:], leaf=trees.fill(x, share))
+            for v, x, share in zip(followed, xs, shared, strict=True)
+        ]
+        results = this.plain(eqn, this.run(p["jaxpr"], [*consts, *carry, *layers]), "it comes out of the loop")
+        return results[: len(carry)], results[len(carry) :]
+
+    rest = {name: p[name] for name in ("length", "reverse", "unroll", "_split_transpose") if name in p}
+    carry, ys = jax.lax.scan(body, carry, xs, **rest)
+    return [*carry, *ys]
+
+
+_NO_LAYERS = "it is sliced along an axis that is no axis of layers: forward.traced(params, inputs) finds those"
+
+
+def _starts_with_layers(value: Followed) -> bool:
+    kinds = [axis.kind for axis in value.dims[0]]
+    first = min((axis.place for axis in value.axes if axis.kind == "layers"), default=None)
+    return kinds == ["layers"] and value.dims[0][0].place == first
+
+
+def _while(this: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+    p, n = eqn.params, eqn.params["cond_nconsts"]
+    asked, consts, carry = values[:n], values[n : n + p["body_nconsts"]], values[n + p["body_nconsts"] :]
+    carry = this.plain(eqn, carry, "it is carried from step to step, where it could change")
+    check = lambda carry: this.run(p["cond_jaxpr"], [*asked, *carry])[0]  # noqa: E731
+    body = lambda carry: this.plain(eqn, this.run(p["body_jaxpr"], [*consts, *carry]), "it comes out of the loop")  # noqa: E731
+    return jax.lax.while_loop(check, body, carry)
+
+
+def _cond(this: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+    (index,) = this.plain(eqn, values[:1], "it is used as an index")
+
+    def branch(jaxpr: Any) -> Callable[..., Any]:
+        return lambda *values: this.plain(eqn, this.run(jaxpr, values), "it comes out of a branch")
+
+    return jax.lax.switch(index.astype(jnp.int32), [branch(jaxpr) for jaxpr in eqn.params["branches"]], *values[1:])
+
+
+ENTERED: dict[str, Callable[[Interpreter, Any, list[Any]], list[Any]]] = {
+    "jit": _call,
+    "pjit": _call,
+    "closed_call": _call,
+    "core_call": _call,
+    "custom_jvp_call": _call,
+    "custom_vjp_call": _call,
+    "remat2": _remat,
+    "checkpoint": _remat,
+    "scan": _scan,
+    "while": _while,
+    "cond": _cond,
+}
