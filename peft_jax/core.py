@@ -82,7 +82,8 @@ class Spec:
     """What a model says of itself.
 
     `names(path)` gives the source model's own names for a leaf (``model.layers.3.self_attn.q_proj``), one for each
-    layer of a stacked leaf; `stacked(path)` says whether the leaf's first axis is layers.  `tensors` is the source
+    layer of a stacked leaf; `stacked(path)` says whether the leaf's first axis is layers, and `looked_up(path)` whether
+    it is a table whose rows are looked up.  `tensors` is the source
     checkpoint's table (`peft_jax.models.tensors.Tensor`), empty where there is none; `tied` lists the source's modules
     that reuse an embedding's table, each with that embedding: ``("lm_head", "model.embed_tokens")``.  `embedding` is
     where the tokens' embedding lies, and `embedding_scale` what the model multiplies its rows by; `positions` is what
@@ -107,6 +108,7 @@ class Spec:
     ports: frozenset[str] = frozenset()
     names: Callable[[Path], tuple[str, ...]] = dotted
     stacked: Callable[[Path], bool] = lambda path: False
+    looked_up: Callable[[Path], bool] = lambda path: path[-1] == "embedding"
     tensors: tuple[Any, ...] = ()
     tied: tuple[tuple[str, str], ...] = ()
     embedding: Path = ()

@@ -19,6 +19,7 @@ from jaxtyping import Array, PyTree
 
 from peft_jax import on_disk
 from peft_jax.core import Forward, Params, Path, Spec
+from peft_jax.views import View, view_of
 from peft_jax.weights import Leaf, Weight, base_of, innermost, is_weight, materialise, numbers
 
 # Top-level entries that methods add: what belongs to ports, and what layers share.  They are not the model's, and never
@@ -89,16 +90,14 @@ class Site(NamedTuple):
     names     the source model's names for it, one for each layer of a stacked leaf
     chosen    which of those layers are meant
     stacked   whether the leaf's first axis is layers
+    embedding whether it is a table whose rows are looked up
     """
 
     path: Path
     names: tuple[str, ...]
     chosen: tuple[bool, ...]
     stacked: bool
-
-    @property
-    def embedding(self) -> bool:
-        return self.path[-1] == "embedding"
+    embedding: bool
 
     def keys(self, key: Array, method: str) -> Array:
         """A key for each layer, from names alone: ``fold_in`` of crc32(method), crc32(canonical name), layer index.
@@ -133,12 +132,14 @@ def _draw(keys: Array, sample: Callable[..., Array], args: tuple[Any, ...]) -> A
 def site(path: Path, spec: Spec) -> Site:
     """A leaf's names, all layers chosen."""
     names = spec.names(path)
-    return Site(path, names, (True,) * len(names), spec.stacked(path))
+    return Site(path, names, (True,) * len(names), spec.stacked(path), spec.looked_up(path))
 
 
 def is_matrix(site: Site, leaf: Leaf) -> bool:
-    """Whether `linear`, `embed` and `unembed` apply to a leaf: a kernel or an embedding of two axes, layers apart."""
-    return site.path[-1] in ("kernel", "embedding") and len(site.matrix_shape(leaf)) == 2
+    """Whether `linear`, `embed` and `unembed` apply to a leaf: a kernel or an embedding of two axes, layers apart, or
+    what is seen as one (`peft_jax.views`)."""
+    named = site.path[-1] in ("kernel", "embedding") or view_of(leaf) is not None
+    return named and len(site.matrix_shape(leaf)) == 2
 
 
 def select(
@@ -165,7 +166,7 @@ def select(
         matches = pattern if callable(pattern) else re.compile(pattern).search
     except re.error as error:
         raise ValueError(f"the pattern {pattern!r} is not a regular expression: {error}") from error
-    found, offered = dict[Path, Site](), list[str]()
+    found, offered, others = dict[Path, Site](), list[str](), list[str]()
     for path, leaf in leaves(params).items():
         here = site(path, forward.spec)
         if adaptable(here, leaf):
@@ -174,8 +175,11 @@ def select(
             chosen = tuple(bool(matches(name)) and within for name, within in zip(here.names, inside, strict=True))
             if any(chosen):
                 found[path] = here._replace(chosen=chosen)
+        elif len(leaf.shape) > 2 and any(map(matches, here.names)):
+            others.append(f"{here.names[0]} of shape {tuple(leaf.shape)}")
     if not found:
-        raise ValueError(_nothing_matched(pattern, offered, layers))
+        hint = f"; {others[0]} is no matrix unless forward.traced(params, inputs) sees it as one" if others else ""
+        raise ValueError(_nothing_matched(pattern, offered, layers) + hint)
     return found
 
 
@@ -397,18 +401,21 @@ def merge(params: Params) -> Params:
         raise ValueError(f"ports/{name} acts beside the weights and cannot be merged into them: keep the adapter")
 
     def each(path: Path, leaf: Leaf) -> Leaf:
+        if isinstance(leaf, View):
+            return leaf if leaf.packed else materialise(leaf.base)
         try:
             return _merged(on_disk.read(leaf)) if is_weight(leaf) and hasattr(leaf, "base") else leaf
         except ValueError as error:
             raise ValueError(f"{'/'.join(path)}: {error}") from None
 
     merged = map_leaves(each, share(params))
-    return {k: v for k, v in merged.items() if k not in ADDED} if isinstance(merged, Mapping) else merged
+    return without_added(merged)
 
 
 @jax.jit
 def _merged(leaf: Weight) -> Leaf:
-    return leaf.merged()
+    view = view_of(leaf)
+    return leaf.merged() if view is None else view.over(leaf.merged())
 
 
 def strip(params: Params) -> Params:
@@ -422,10 +429,18 @@ def strip(params: Params) -> Params:
         found = innermost(leaf)
         if hasattr(found, "base"):
             raise ValueError(f"{'/'.join(path)} was changed without keeping its base: nothing is left to strip to")
-        return found
+        view = view_of(leaf)
+        return found if view is None or not is_weight(found) else view.over(found)
 
     bare = map_leaves(bottom, params)
-    return {k: v for k, v in bare.items() if k not in ADDED} if isinstance(bare, Mapping) else bare
+    return without_added(bare)
+
+
+def without_added(params: Params) -> Params:
+    """The model's own part of a tree."""
+    if not isinstance(params, Mapping) or not any(name in params for name in ADDED):
+        return params
+    return {name: value for name, value in params.items() if name not in ADDED}
 
 
 def set_scale(params: Params, scale: float, name: str | None = None) -> Params:

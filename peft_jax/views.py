@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from peft_jax.weights import Leaf, Weight, base_of, is_weight, linear, materialise, static
+from peft_jax.weights import Leaf, Unfrozen, Weight, base_of, embed, is_weight, linear, materialise, static, unembed
 
 
 @jax.tree_util.register_dataclass
@@ -17,8 +17,8 @@ class View(Weight):
     """``base`` in the shape that its model gave it, e.g. ``[width, heads, dim]``, as a matrix ``[*layers, in, out]``.
 
     `inputs` and `outputs` name axes of one layer's array, in the order in which the matrix has them; the layers' axes
-    come before them.  `own` is one layer's shape.  The base is an array of that shape, or a leaf that stores the matrix
-    itself (in few bits).
+    come before them.  `own` is one layer's shape.  The base is an array of that shape (or one that trains whole), or a
+    leaf that stores the matrix itself, in few bits: `packed`.
 
     >>> import jax.numpy as jnp
     >>> from peft_jax.views import View
@@ -38,24 +38,34 @@ class View(Weight):
         return inputs, outputs
 
     @property
+    def packed(self) -> bool:
+        return is_weight(self.base) and not isinstance(self.base, Unfrozen)
+
+    @property
     def lead(self) -> tuple[int, ...]:
-        return tuple(self.base.shape[: len(self.base.shape) - (2 if is_weight(self.base) else len(self.own))])
+        return tuple(self.base.shape[: len(self.base.shape) - (2 if self.packed else len(self.own))])
 
     @property
     def shape(self) -> tuple[int, ...]:
         return (*self.lead, *self.matrix)
 
     def materialise(self) -> Array:
-        if is_weight(self.base):
-            return materialise(self.base)
+        array = materialise(self.base)
+        if self.packed:
+            return array
         lead, order = len(self.lead), (*self.inputs, *self.outputs)
-        rows = self.base
         if order != tuple(sorted(order)):
-            rows = jnp.transpose(rows, (*range(lead), *(lead + axis for axis in order)))
-        return rows.reshape(self.shape)
+            array = jnp.transpose(array, (*range(lead), *(lead + axis for axis in order)))
+        return array.reshape(self.shape)
 
     def linear(self, x: Array) -> Array:
-        return linear(x, self.base if is_weight(self.base) else self.materialise())
+        return linear(x, self.base if self.packed else self.materialise())
+
+    def embed(self, ids: Array) -> Array:
+        return embed(ids, self.base if self.packed else self.materialise())
+
+    def unembed(self, x: Array) -> Array:
+        return unembed(x, self.base if self.packed else self.materialise())
 
     def restore(self, matrix: Array) -> Array:
         """An array of the base's own shape, from the matrix."""

@@ -10,19 +10,23 @@ in their place (`peft_jax.bridge.interpret`): it knows nothing of them, and need
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.extend import source_info_util
 
 from peft_jax import trees
 from peft_jax.bridge.follow import Followed, start
 from peft_jax.bridge.interpret import Interpreter
+from peft_jax.bridge.layouts import Use, described, layout, probe, prober, seen_as
 from peft_jax.core import Forward, Inputs, Params, Ports, Spec, check_inputs
-from peft_jax.views import view_of
-from peft_jax.weights import Leaf, Weight, is_weight
+from peft_jax.views import View
+from peft_jax.weights import Leaf, is_weight
+
+
+NONE = Ports()
+PLAIN = Spec()
 
 
 class Arguments(NamedTuple):
@@ -36,7 +40,9 @@ class Arguments(NamedTuple):
 class Bridged(Forward):
     """A forward function that takes what its own function takes: ``forward(params, *inputs, **named)``, and `Ports`."""
 
-    def __call__(self, params: Params, *inputs: Any, ports: Ports = Ports(), **named: Any) -> Any:  # type: ignore[override]
+    function: Callable[..., Any] | None = None
+
+    def __call__(self, params: Params, *inputs: Any, ports: Ports = NONE, **named: Any) -> Any:
         if inputs and isinstance(inputs[-1], Ports):
             *rest, ports = inputs
             inputs = tuple(rest)
@@ -44,12 +50,56 @@ class Bridged(Forward):
         given = inputs[0] if one else Arguments(inputs, named)
         return self.head(params, self.features(params, given, ports), ports)
 
+    def traced(self, params: Params, *inputs: Any, **named: Any) -> tuple[Params, "Bridged"]:
+        """The parameters with every kernel seen as a matrix, and the forward function that knows which are layers.
+
+        Before any method, for models whose kernels are not all ``[in, out]`` arrays called kernel or embedding: those
+        of more axes (``[width, heads, dim]``), transposed ones, and those stacked by layer.  The function is traced
+        once, for shapes alone, to find the axes that it sums over; no array is copied, and `merge` and `strip` give back the
+        shapes that were.
+
+        Args:
+            params: the model's own tree, of arrays or abstract.
+            inputs, named: what the function is called with; shapes (`jax.ShapeDtypeStruct`) do.
+
+        Raises:
+            ValueError: if a method has already been applied.
+
+        >>> import jax, jax.numpy as jnp, peft_jax as pj
+        >>> forward = pj.bridge(lambda params, x: jnp.einsum("bd,dnh->bnh", x, params["query"]))
+        >>> params, forward = forward.traced({"query": jnp.ones((4, 2, 3))}, jnp.ones((1, 4)))
+        >>> params["query"].shape
+        (4, 6)
+        """
+        function = self.function
+        if function is None or trees.weights(params):
+            raise ValueError("there are typed leaves in this tree: trace the model before any method is applied")
+        leaves = trees.leaves(params)
+        uses: dict[str, list[Use]] = {}
+        probes = [probe("/".join(path), leaf.shape, leaf.dtype) for path, leaf in leaves.items()]
+        given, tree = jax.tree.flatten(Arguments(inputs, named))
+
+        def run(arrays: list[Any]) -> Any:
+            them = iter(arrays)
+            arguments = jax.tree.unflatten(tree, [next(them) if is_array(x) else x for x in given])
+            return trace(function, params, probes, arguments, prober(uses))
+
+        jax.eval_shape(run, [x for x in given if is_array(x)])
+        found = {path: layout(uses.get("/".join(path), ()), len(leaf.shape)) for path, leaf in leaves.items()}
+        spec = described(self.spec, found, {path: leaf.shape for path, leaf in leaves.items()})
+        seen = trees.map_leaves(lambda path, leaf: seen_as(path, leaf, found[path]), params)
+        return seen, dataclasses.replace(self, spec=spec)
+
+
+def is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array | jax.ShapeDtypeStruct)
+
 
 def bridge(
     function: Callable[..., Any],
     *,
     materialise: bool | str | Callable[[str], bool] = False,
-    spec: Spec = Spec(),
+    spec: Spec = PLAIN,
 ) -> Bridged:
     """Any JAX function of ``(params, *inputs)`` as a forward function that every weight method adapts.
 
@@ -81,7 +131,7 @@ def bridge(
             inputs = Arguments((tokens,), {name: x for name, x in named.items() if x is not None})
         return evaluate(function, params, inputs, _may(materialise))
 
-    return Bridged(features, spec=spec)
+    return Bridged(features, spec=spec, function=function)
 
 
 def _may(materialise: bool | str | Callable[[str], bool]) -> Callable[[str], bool]:
@@ -94,8 +144,7 @@ def _may(materialise: bool | str | Callable[[str], bool]) -> Callable[[str], boo
 
 def evaluate(function: Callable[..., Any], params: Params, arguments: Arguments, may: Callable[[str], bool]) -> Any:
     """``function(params, *arguments)``, with typed leaves among the parameters."""
-    if isinstance(params, Mapping):
-        params = {name: value for name, value in params.items() if name not in trees.ADDED}
+    params = trees.without_added(params)
 
     def give_up(where: Sequence[Any], leaf: Followed, why: str) -> None:
         if not may(leaf.path):
@@ -109,16 +158,15 @@ def refusal(where: Sequence[Any], leaf: Followed, why: str) -> str:
     lines = [line for eqn in where if (line := source_info_util.summarize(eqn.source_info))]  # JAX's own have none
     what = f"{where[-1].primitive.name!r} at {lines[-1] if lines else 'an unknown line'}" if where else "the function"
     return (
-        f"{leaf.path} is adapted, and {what} uses it in a way that is not followed: {why} (leave it out of select, or let "
-        "it be multiplied out with pj.bridge(..., materialise=...))"
+        f"{leaf.path} is adapted, and {what} uses it in a way that is not followed: {why} (leave it out of select, "
+        "or let it be multiplied out with pj.bridge(..., materialise=...))"
     )
 
 
 def operand(path: tuple[str, ...], leaf: Leaf) -> Any:
     """What a leaf is to the interpreter: an array that nothing adapts stays one."""
-    view = view_of(leaf)
-    if view is leaf and view is not None and not is_weight(view.base):
-        return view.base
+    if isinstance(leaf, View) and not is_weight(leaf.base):
+        return leaf.base
     return start("/".join(path), leaf) if is_weight(leaf) else leaf
 
 
@@ -129,20 +177,19 @@ def trace(
     plain = [jax.ShapeDtypeStruct(v.shape, v.dtype) if isinstance(v, Followed) else v for v in values]
     holder = jax.tree.structure(params, is_leaf=is_weight)
     given, rest = jax.tree.flatten(arguments)
-    dynamic = [isinstance(x, jax.Array) for x in given]
     result: list[Any] = []
 
     def flat(leaves: list[Any], arrays: list[Any]) -> list[Any]:
         them = iter(arrays)
-        positional, named = rest.unflatten([next(them) if is_array else x for x, is_array in zip(given, dynamic)])
-        out, tree = jax.tree.flatten(function(holder.unflatten(leaves), *positional, **named))
+        positional, named = jax.tree.unflatten(rest, [next(them) if is_array(x) else x for x in given])
+        out, tree = jax.tree.flatten(function(jax.tree.unflatten(holder, leaves), *positional, **named))
         result.append(tree)
         return out
 
-    arrays = [x for x, is_array in zip(given, dynamic) if is_array]
+    arrays = [x for x in given if is_array(x)]
     jaxpr = jax.make_jaxpr(flat)(plain, arrays)
     results = interpreter.run(jaxpr, [*values, *arrays])
     for value in results:
         if isinstance(value, Followed):
             interpreter.give_up((), value, "it is one of its results")
-    return result[0].unflatten([value.array() if isinstance(value, Followed) else value for value in results])
+    return jax.tree.unflatten(result[0], [value.array() if isinstance(value, Followed) else value for value in results])

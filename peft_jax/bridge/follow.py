@@ -40,7 +40,7 @@ def in_order(axes: Sequence[Axis]) -> list[Axis]:
 
 
 def reordered(x: Array, trailing: int, axes: Sequence[Axis], wanted: Sequence[Axis]) -> Array:
-    """`x`, whose last `trailing` dimensions run over `axes`, with one dimension for each axis, in the `wanted` order."""
+    """`x`, whose last `trailing` dimensions run over `axes`, with a dimension for each, in the `wanted` order."""
     lead = x.shape[: x.ndim - trailing]
     x = reshape(x, (*lead, *(axis.size for axis in axes)))
     return transpose(x, (*range(len(lead)), *(len(lead) + list(axes).index(axis) for axis in wanted)))
@@ -66,9 +66,9 @@ class Followed:
     """
 
     leaf: Any
-    dims: Dims = static()
-    dtype: Any = static()
-    path: str = static()
+    dims: Dims = static(default=())
+    dtype: Any = static(default=None)
+    path: str = static(default="")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -141,13 +141,22 @@ class Followed:
         leaf = trees.fill(jax.tree.map(lambda x: take(x, at), sliced), shared)
         return self.to(tuple(tuple(a for a in dim if a != axis) for dim in self.dims), leaf=leaf)
 
+    def step(self, eqn: Any) -> "Followed":
+        """As one step of a loop has it, which slices the first dimension: all but the leaf's arrays."""
+        first = min((axis for axis in self.axes if axis.kind == "layers"), default=None)
+        if first is None or self.dims[0] != (first,):
+            raise NotFollowed(
+                "it is sliced along an axis that is none of its layers: forward.traced(params, inputs) finds those"
+            )
+        return self.to(self.dims[1:])
+
 
 def start(path: str, leaf: Leaf) -> Followed:
     """A leaf as the function's own parameter, in the shape that its model gave it."""
     view = view_of(leaf)
     own, inputs, outputs = (leaf.shape[-2:], (0,), (1,)) if view is None else (view.own, view.inputs, view.outputs)
     lead = leaf.shape[:-2]
-    dims = [(Axis("layers", (i,), size),) for i, size in enumerate(lead)]
+    dims: list[tuple[Axis, ...]] = [(Axis("layers", (i,), size),) for i, size in enumerate(lead)]
     for axis, size in enumerate(own):
         kind, among = ("in", inputs) if axis in inputs else ("out", outputs)
         dims.append((Axis(kind, (among.index(axis),), size),) if size > 1 else ())

@@ -19,6 +19,7 @@ from jax.extend.core import Literal
 from peft_jax import trees, versions
 from peft_jax.bridge.follow import Followed, NotFollowed
 from peft_jax.bridge.rules import REARRANGING, REFUSED, USING, Rule
+from peft_jax.bridge.shards import SHARDED, a_part, can_shard, shard_specs
 
 # (the equation and those around it, leaf, why): raises, or lets the leaf be multiplied out
 GiveUp = Callable[[Sequence[Any], Followed, str], None]
@@ -58,6 +59,13 @@ class Interpreter:
         except NotFollowed as error:
             return bind(eqn, self.plain(eqn, values, str(error)))
 
+    def step(self, eqn: Any, value: Any) -> Any:
+        """What a loop slices by its first axis, as one step has it, but for the leaf's arrays."""
+        try:
+            return value.step(eqn) if _is_followed(value) else value
+        except NotFollowed as error:
+            return self.plain(eqn, [value], str(error))[0]
+
     def plain(self, eqn: Any, values: Sequence[Any], why: str) -> list[Any]:
         """The values with leaves multiplied out, where that is allowed."""
         for value in values:
@@ -78,7 +86,7 @@ def _is_followed(value: Any) -> bool:
 
 def _live(jaxpr: Any) -> list[Any]:
     """The equations that something depends on: a leaf may be cast, say, and never used."""
-    needed, live = set(v for v in jaxpr.outvars if not isinstance(v, Literal)), list[Any]()
+    needed, live = {v for v in jaxpr.outvars if not isinstance(v, Literal)}, list[Any]()
     for eqn in reversed(jaxpr.eqns):
         if eqn.effects or any(v in needed for v in eqn.outvars):
             live.append(eqn)
@@ -90,7 +98,20 @@ def _live(jaxpr: Any) -> list[Any]:
 
 
 def _call(this: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
-    return this.run(eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"], values)
+    p = eqn.params
+    values = [_placed(x, sharding) for x, sharding in _pairs(values, p.get("in_shardings"))]
+    results = this.run(p["jaxpr"] if "jaxpr" in p else p["call_jaxpr"], values)
+    return [_placed(x, sharding) for x, sharding in _pairs(results, p.get("out_shardings"))]
+
+
+def _pairs(values: Sequence[Any], shardings: Sequence[Any] | None) -> list[tuple[Any, Any]]:
+    return [(x, None) for x in values] if shardings is None else list(zip(values, shardings, strict=True))
+
+
+def _placed(x: Any, sharding: Any) -> Any:
+    """What jit's own shardings ask for; a leaf's arrays have theirs."""
+    asked = isinstance(sharding, jax.sharding.Sharding) and not _is_followed(x)
+    return jax.lax.with_sharding_constraint(x, sharding) if asked else x
 
 
 def _remat(this: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
@@ -103,18 +124,15 @@ def _scan(this: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     p = eqn.params
     consts, carry, sliced = versions.scan_operands(p, values)
     carry = this.plain(eqn, carry, "it is carried from step to step, where it could change")
-    sliced = [
-        value if not _is_followed(value) or _starts_with_layers(value) else this.plain(eqn, [value], _NO_LAYERS)[0]
-        for value in sliced
-    ]
+    steps = [this.step(eqn, value) for value in sliced]
     # What layers share has no axis to slice.
-    xs, shared = zip(*(trees.unshare(v.leaf) if _is_followed(v) else (v, {}) for v in sliced), strict=True)
-    followed = [v if _is_followed(v) else None for v in sliced]
+    parts = [trees.unshare(v.leaf) if _is_followed(v) else (v, {}) for v in steps]
+    xs, shared = [x for x, _ in parts], [share for _, share in parts]
 
     def body(carry: Any, xs: Any) -> Any:
         layers = [
-            x if v is None else v.to(v.dims[1:], leaf=trees.fill(x, share))
-            for v, x, share in zip(followed, xs, shared, strict=True)
+            v.to(v.dims, leaf=trees.fill(x, share)) if _is_followed(v) else x
+            for v, x, share in zip(steps, xs, shared, strict=True)
         ]
         results = this.plain(eqn, this.run(p["jaxpr"], [*consts, *carry, *layers]), "it comes out of the loop")
         return results[: len(carry)], results[len(carry) :]
@@ -122,15 +140,6 @@ def _scan(this: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     rest = {name: p[name] for name in ("length", "reverse", "unroll", "_split_transpose") if name in p}
     carry, ys = jax.lax.scan(body, carry, xs, **rest)
     return [*carry, *ys]
-
-
-_NO_LAYERS = "it is sliced along an axis that is no axis of layers: forward.traced(params, inputs) finds those"
-
-
-def _starts_with_layers(value: Followed) -> bool:
-    kinds = [axis.kind for axis in value.dims[0]]
-    first = min((axis.place for axis in value.axes if axis.kind == "layers"), default=None)
-    return kinds == ["layers"] and value.dims[0][0].place == first
 
 
 def _while(this: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
@@ -151,6 +160,29 @@ def _cond(this: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     return jax.lax.switch(index.astype(jnp.int32), [branch(jaxpr) for jaxpr in eqn.params["branches"]], *values[1:])
 
 
+def _shard_map(this: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+    p = eqn.params
+    given = [
+        (v, spec) if not _is_followed(v) or can_shard(v, spec) else (this.plain(eqn, [v], SHARDED)[0], spec)
+        for v, spec in zip(values, p["in_specs"], strict=True)
+    ]
+    specs = [shard_specs(v, spec) if _is_followed(v) else spec for v, spec in given]
+
+    def run(*values: Any) -> list[Any]:
+        parts = [a_part(v) if _is_followed(v) and any(spec) else v for v, (_, spec) in zip(values, given, strict=True)]
+        return this.plain(eqn, this.run(p["jaxpr"], parts), "it comes out of the map")
+
+    mapped = jax.shard_map(
+        run,
+        mesh=p["mesh"],
+        in_specs=tuple(specs),
+        out_specs=list(p["out_specs"]),
+        check_vma=p["check_vma"],
+        axis_names=p["newly_manual_axes"],
+    )
+    return mapped(*(v for v, _ in given))
+
+
 ENTERED: dict[str, Callable[[Interpreter, Any, list[Any]], list[Any]]] = {
     "jit": _call,
     "pjit": _call,
@@ -163,4 +195,5 @@ ENTERED: dict[str, Callable[[Interpreter, Any, list[Any]], list[Any]]] = {
     "scan": _scan,
     "while": _while,
     "cond": _cond,
+    "shard_map": _shard_map,
 }

@@ -60,8 +60,7 @@ REARRANGING: dict[str, Rule] = {
     "convert_element_type": _convert,
     "copy": _same,
     "copy_p": _same,
-    "sharding_constraint": _same,  # of the multiplied-out kernel, which does not exist: the leaf's arrays have their own
-    "reduce_precision": _same,
+    "sharding_constraint": _same,  # of a kernel that does not exist: the leaf's arrays have shardings of their own
     "pvary": _same,
     "pcast": _same,
 }
