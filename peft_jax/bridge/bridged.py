@@ -24,7 +24,6 @@ from peft_jax.core import Forward, Inputs, Params, Ports, Spec, check_inputs
 from peft_jax.views import View
 from peft_jax.weights import Leaf, is_weight
 
-
 NONE = Ports()
 PLAIN = Spec()
 
@@ -55,8 +54,8 @@ class Bridged(Forward):
 
         Before any method, for models whose kernels are not all ``[in, out]`` arrays called kernel or embedding: those
         of more axes (``[width, heads, dim]``), transposed ones, and those stacked by layer.  The function is traced
-        once, for shapes alone, to find the axes that it sums over; no array is copied, and `merge` and `strip` give back the
-        shapes that were.
+        once, for shapes alone, to find the axes that it sums over; no array is copied, and `merge` and `strip` give
+        back the shapes that were.
 
         Args:
             params: the model's own tree, of arrays or abstract.
@@ -85,7 +84,7 @@ class Bridged(Forward):
             return trace(function, params, probes, arguments, prober(uses))
 
         jax.eval_shape(run, [x for x in given if is_array(x)])
-        found = {path: layout(uses.get("/".join(path), ()), len(leaf.shape)) for path, leaf in leaves.items()}
+        found = {path: layout(uses.get("/".join(path), ()), leaf.shape) for path, leaf in leaves.items()}
         spec = described(self.spec, found, {path: leaf.shape for path, leaf in leaves.items()})
         seen = trees.map_leaves(lambda path, leaf: seen_as(path, leaf, found[path]), params)
         return seen, dataclasses.replace(self, spec=spec)

@@ -11,9 +11,15 @@ from jaxtyping import Array
 
 from peft_jax import trees
 from peft_jax.views import view_of
-from peft_jax.weights import Leaf, materialise, static
+from peft_jax.weights import Leaf, Weight, materialise, static
 
 KINDS = ("layers", "in", "out", "own")  # the order of a leaf's axes
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Nothing(Weight):
+    """The leaf of a parameter that is followed for its axes alone."""
 
 
 class NotFollowed(Exception):
@@ -66,8 +72,8 @@ class Followed:
     """
 
     leaf: Any
-    dims: Dims = static(default=())
-    dtype: Any = static(default=None)
+    dims: Dims = dataclasses.field(default=(), metadata={"static": True})
+    dtype: Any = dataclasses.field(default=None, metadata={"static": True})
     path: str = static(default="")
 
     @property
@@ -101,11 +107,13 @@ class Followed:
     def reshaped(self, shape: Sequence[int]) -> "Followed":
         """Other dimensions over the same numbers in the same order; an axis may be cut in parts."""
         here: Followed = self
-        for axis in [axis for axis in self.axes if axis.size == 1]:
+        for axis in [axis for axis in self.axes if axis.size == 1 and axis.kind != "own"]:
             here = here.without(axis)
         rest, dims = here.axes, list[tuple[Axis, ...]]()
         for size in shape:
             dim: list[Axis] = []
+            while rest and rest[0].size == 1:
+                dim.append(rest.pop(0))
             while (left := size // math.prod(axis.size for axis in dim)) > 1:
                 axis = rest.pop(0)
                 if axis.size > left and axis.size % left == 0:

@@ -18,7 +18,7 @@ from jax.extend.core import Literal
 
 from peft_jax import trees, versions
 from peft_jax.bridge.follow import Followed, NotFollowed
-from peft_jax.bridge.rules import REARRANGING, REFUSED, USING, Rule
+from peft_jax.bridge.rules import REARRANGING, REFUSED, USING, Rule, bind
 from peft_jax.bridge.shards import SHARDED, a_part, can_shard, shard_specs
 
 # (the equation and those around it, leaf, why): raises, or lets the leaf be multiplied out
@@ -27,11 +27,12 @@ GiveUp = Callable[[Sequence[Any], Followed, str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Interpreter:
-    """`using` are the rules of what is not a mere rearrangement; `give_up` decides where there is none; `inside` are
-    the equations that have been entered."""
+    """`using` are the rules of what is not a mere rearrangement; `give_up` decides where there is none, and `otherwise`
+    computes what it lets pass; `inside` are the equations that have been entered."""
 
     give_up: GiveUp
     using: Mapping[str, Rule] = dataclasses.field(default_factory=lambda: USING)
+    otherwise: Rule = dataclasses.field(default_factory=lambda: bind)
     inside: tuple[Any, ...] = ()
 
     def run(self, closed: Any, operands: Sequence[Any]) -> list[Any]:
@@ -57,7 +58,7 @@ class Interpreter:
                 raise NotFollowed(REFUSED.get(name, "no rule follows it there"))
             return rule(eqn, values)
         except NotFollowed as error:
-            return bind(eqn, self.plain(eqn, values, str(error)))
+            return self.otherwise(eqn, self.plain(eqn, values, str(error)))
 
     def step(self, eqn: Any, value: Any) -> Any:
         """What a loop slices by its first axis, as one step has it, but for the leaf's arrays."""
@@ -72,12 +73,6 @@ class Interpreter:
             if _is_followed(value):
                 self.give_up((*self.inside, eqn), value, why)
         return [value.array() if _is_followed(value) else value for value in values]
-
-
-def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
-    """An equation as it is, of arrays."""
-    results = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
-    return list(results) if eqn.primitive.multiple_results else [results]
 
 
 def _is_followed(value: Any) -> bool:
@@ -169,7 +164,10 @@ def _shard_map(this: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     specs = [shard_specs(v, spec) if _is_followed(v) else spec for v, spec in given]
 
     def run(*values: Any) -> list[Any]:
-        parts = [a_part(v) if _is_followed(v) and any(spec) else v for v, (_, spec) in zip(values, given, strict=True)]
+        parts = [
+            a_part(v, inner.aval.shape) if _is_followed(v) and any(spec) else v
+            for v, (_, spec), inner in zip(values, given, versions.opened(p["jaxpr"])[0].invars, strict=True)
+        ]
         return this.plain(eqn, this.run(p["jaxpr"], parts), "it comes out of the map")
 
     mapped = jax.shard_map(

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from peft_jax.bridge.follow import Axis, Followed, NotFollowed
-from peft_jax.bridge.interpret import Interpreter, bind
+from peft_jax.bridge.follow import Axis, Followed, NotFollowed, Nothing
+from peft_jax.bridge.interpret import Interpreter
 from peft_jax.core import Path, Spec, dotted
 from peft_jax.views import View
 from peft_jax.weights import Leaf, static
@@ -95,7 +95,7 @@ def prober(uses: dict[str, list[Use]]) -> Interpreter:
                 taken = (*batched[side], *contracted[side])
                 free = [i for i in range(len(value.dims)) if i not in taken]
                 note(value, "product", axes(batched[side]), axes(contracted[side]), axes(free))
-        return bind(eqn, [value.array() if isinstance(value, Probed) else value for value in values])
+        return nothing_of(eqn)
 
     def gather(eqn: Any, values: list[Any]) -> list[Any]:
         table, places = values
@@ -104,7 +104,7 @@ def prober(uses: dict[str, list[Use]]) -> Interpreter:
         if isinstance(places, Probed) or len(cut) != 1:
             raise NotFollowed("")
         note(table, "rows", (), table.dims[cut[0]], [a for i, d in enumerate(table.dims) if i != cut[0] for a in d])
-        return bind(eqn, [table.array(), places])
+        return nothing_of(eqn)
 
     def cut_out(eqn: Any, values: list[Any]) -> list[Any]:
         value, *starts = values
@@ -116,18 +116,30 @@ def prober(uses: dict[str, list[Use]]) -> Interpreter:
         if sum(len(dim) for dim in value.dims) == 2 and starts:
             # One row of a matrix, or one layer of stacked vectors: a matrix's place is most often a number of its own.
             note(value, "rows", (), value.dims[cut[0]], [a for i, d in enumerate(value.dims) if i != cut[0] for a in d])
-            return bind(eqn, [value.array(), *starts])
+            return nothing_of(eqn)
         return [value.layer(value.dims[cut[0]][0], lambda x, at: x)]
 
-    return Interpreter(give_up, {"dot_general": product, "gather": gather, "dynamic_slice": cut_out, "slice": cut_out})
+    using = {"dot_general": product, "gather": gather, "dynamic_slice": cut_out, "slice": cut_out}
+    return Interpreter(give_up, using, lambda eqn, values: nothing_of(eqn))
+
+
+def nothing_of(eqn: Any) -> list[Any]:
+    """Results of an equation's types."""
+
+    def zeros(of: Any) -> Array:
+        x = jnp.zeros(of.shape, of.dtype)
+        varying = tuple(of.manual_axis_type.varying)
+        return jax.lax.pcast(x, varying, to="varying") if varying else x
+
+    return [zeros(v.aval) for v in eqn.outvars]
 
 
 def probe(path: str, shape: Sequence[int], dtype: Any) -> Probed:
     dims = tuple((Axis("own", (i,), size),) for i, size in enumerate(shape))
-    return Probed(None, dims, jnp.dtype(dtype), path)
+    return Probed(Nothing(), dims, jnp.dtype(dtype), path)
 
 
-def layout(uses: Sequence[Use], ndim: int) -> Layout:
+def layout(uses: Sequence[Use], shape: Sequence[int]) -> Layout:
     """What all uses of a parameter agree on."""
     layers = {use.layers for use in uses}
     lead = layers.pop() if len(layers) == 1 else ()
@@ -140,7 +152,9 @@ def layout(uses: Sequence[Use], ndim: int) -> Layout:
         return nothing
     inputs, outputs = matrices[0].inputs, matrices[0].outputs
     alike = all({use.inputs, use.outputs} == {inputs, outputs} for use in matrices)
-    if not alike or sorted((*lead, *inputs, *outputs)) != list(range(ndim)) or not (inputs and outputs):
+    ones = [i for i, size in enumerate(shape) if size == 1 and i not in (*lead, *inputs, *outputs)]  # squeezed away
+    outputs = tuple(sorted((*outputs, *ones)))
+    if not alike or sorted((*lead, *inputs, *outputs)) != list(range(len(shape))) or not (inputs and outputs):
         return nothing
     return Layout(lead, inputs, outputs, matrices[0].kind == "rows", loop)
 
@@ -171,7 +185,7 @@ def described(spec: Spec, found: Mapping[Path, Layout], shapes: Mapping[Path, tu
         # The layer's number goes behind what all leaves of one loop have in common.
         together = [short(p) for p, its in found.items() if its.layers and its.loop == mine.loop]
         alike = [len(set(words)) == 1 for words in zip(*together, strict=False)]
-        at = max(min([*alike, False].index(False), len(short(path)) - 1), min(1, len(short(path)) - 1))
+        at = max(min([*alike, False].index(False), len(short(path)) - 1), 1)
         head, tail = short(path)[:at], short(path)[at:]
         names[path] = tuple(".".join((*head, str(i), *tail)) for i in range(shapes[path][0]))
     stacked = lambda path: bool(path in found and found[path].layers)  # noqa: E731

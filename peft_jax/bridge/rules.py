@@ -22,11 +22,22 @@ from peft_jax.weights import Leaf, embed, linear, unembed
 Rule = Callable[[Any, list[Any]], list[Any]]
 
 
+def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
+    """An equation as it is, of arrays."""
+    results = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+    return list(results) if eqn.primitive.multiple_results else [results]
+
+
 # -- rearranging: the leaf stays ---------------------------------------------------------------------------------------
 
 
 def _same(eqn: Any, values: list[Any]) -> list[Any]:
     return [values[0]]
+
+
+def _each_array(eqn: Any, values: list[Any]) -> list[Any]:
+    leaf = jax.tree.map(lambda x: bind(eqn, [x])[0], values[0].leaf)
+    return [values[0].to(values[0].dims, leaf=leaf)]
 
 
 def _transpose(eqn: Any, values: list[Any]) -> list[Any]:
@@ -61,8 +72,8 @@ REARRANGING: dict[str, Rule] = {
     "copy": _same,
     "copy_p": _same,
     "sharding_constraint": _same,  # of a kernel that does not exist: the leaf's arrays have shardings of their own
-    "pvary": _same,
-    "pcast": _same,
+    "pvary": _each_array,
+    "pcast": _each_array,
 }
 
 

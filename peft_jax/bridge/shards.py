@@ -9,7 +9,7 @@ from typing import Any
 
 from jax.sharding import PartitionSpec as P
 
-from peft_jax.bridge.follow import Followed, start
+from peft_jax.bridge.follow import Followed, Nothing, start
 from peft_jax.methods.dylora import DyLoRA
 from peft_jax.methods.lora import LoRA
 from peft_jax.views import View
@@ -23,6 +23,8 @@ def can_shard(value: Followed, spec: Any) -> bool:
     if not any(spec):
         return True
     leaf = value.leaf
+    if isinstance(leaf, Nothing):
+        return all(len(dim) == 1 for dim in value.dims)
     while type(leaf) in (LoRA, DyLoRA):
         leaf = leaf.base
     plain = not is_weight(leaf.base if isinstance(leaf, View) else leaf)
@@ -33,7 +35,7 @@ def can_shard(value: Followed, spec: Any) -> bool:
 
 def shard_specs(value: Followed, spec: Any) -> Any:
     """The partition of every array of a leaf, from that of the kernel in its place."""
-    if not any(spec):
+    if not any(spec) or isinstance(value.leaf, Nothing):
         return P()
     found: dict[str, list[Any]] = {"layers": [], "in": [], "out": []}
     for part, dim in zip(spec, value.dims, strict=False):
@@ -47,15 +49,18 @@ def shard_specs(value: Followed, spec: Any) -> Any:
         if not isinstance(leaf, LoRA):
             return spec
         rest = {f.name for f in dataclasses.fields(leaf) if not f.metadata.get("static")} - {"base", "a", "b"}
-        whole = {name: P(*layers) for name in rest if getattr(leaf, name) is not None}
+        whole: Any = {name: P(*layers) for name in rest if getattr(leaf, name) is not None}
         a, b = P(*layers, inputs, None), P(*layers, None, outputs)
         return dataclasses.replace(leaf, base=each(leaf.base), a=a, b=b, **whole)
 
     return dataclasses.replace(value, leaf=each(value.leaf))
 
 
-def a_part(value: Followed) -> Followed:
+def a_part(value: Followed, shape: tuple[int, ...]) -> Followed:
     """A leaf that is split, as one device has it: its sizes are a part's."""
+    if isinstance(value.leaf, Nothing):
+        pairs = zip(value.dims, shape, strict=True)
+        return value.to(tuple((axis._replace(size=size),) for (axis,), size in pairs))
 
     def each(leaf: Leaf) -> Leaf:
         if isinstance(leaf, View):
