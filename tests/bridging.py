@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from checks import close
 
 import peft_jax as pj
+from peft_jax import quant
 
 Function = Callable[..., Any]
 
@@ -38,11 +39,12 @@ def check(
 
     def both(trained: Any) -> Any:
         whole = pj.combine(trained, frozen)
+        base = pj.merge(quant.dequantise(pj.strip(whole)))
         ours, vjp = jax.vjp(lambda t: forward(pj.combine(t, frozen), *inputs), trained)
         wanted, wanted_vjp = jax.vjp(lambda t: function(pj.merge(pj.combine(t, frozen)), *inputs), trained)
         assert jax.tree.structure(ours) == jax.tree.structure(wanted)
         pull = jax.grad(total)(wanted)
-        return ours, wanted, vjp(pull), wanted_vjp(pull), function(pj.strip(whole), *inputs)
+        return ours, wanted, vjp(pull), wanted_vjp(pull), function(base, *inputs)
 
     ours, wanted, gradient, wanted_gradient, base = jax.jit(both)(trained)
     close(ours, wanted, tolerance, tolerance)

@@ -19,7 +19,7 @@ from peft_jax.views import View
 from peft_jax.weights import Leaf, static
 
 # The last words of a path that a matrix's name leaves out, as it leaves out "kernel" and "embedding".
-PLAIN = ("weight", "w", "value")
+PLAIN = ("weight", "w")
 
 
 @jax.tree_util.register_dataclass
@@ -174,7 +174,10 @@ def described(spec: Spec, found: Mapping[Path, Layout], shapes: Mapping[Path, tu
     """The spec with what a trace has found: names, stacked leaves, and tables looked up by row."""
 
     def short(path: Path) -> Path:
-        drop = path[-1] in PLAIN and len(path) > 1 and bool(found[path].inputs)
+        whole = path
+        if len(path) > 2 and path[-1] == "value" and path[-2] in (*PLAIN, "kernel", "embedding", "bias", "scale"):
+            path = path[:-1]  # of an nnx.State
+        drop = path[-1] in PLAIN and len(path) > 1 and bool(found[whole].inputs)
         return path[:-1] if drop else tuple(dotted(path)[0].split("."))
 
     names: dict[Path, tuple[str, ...]] = {}

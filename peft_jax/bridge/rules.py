@@ -53,7 +53,7 @@ def _reshape(eqn: Any, values: list[Any]) -> list[Any]:
 
 
 def _broadcast(eqn: Any, values: list[Any]) -> list[Any]:
-    return [values[0].expanded(eqn.params["shape"], eqn.params["broadcast_dimensions"])]
+    return [values[0].expanded(eqn.params["shape"], [int(i) for i in eqn.params["broadcast_dimensions"]])]
 
 
 def _convert(eqn: Any, values: list[Any]) -> list[Any]:
