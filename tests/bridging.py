@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from checks import close
 
 import peft_jax as pj
@@ -16,10 +17,9 @@ Function = Callable[..., Any]
 def shaken(params: Any, seed: int = 3) -> Any:
     """The tree with what trains moved away from its start, where half of it is zeros."""
     trained, frozen = pj.partition(params)
-    found, tree = jax.tree.flatten(trained)
-    keys = jax.random.split(jax.random.key(seed), len(found))
-    moved = [x + 0.1 * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, found, strict=True)]
-    return pj.combine(jax.tree.unflatten(tree, moved), frozen)
+    random = np.random.default_rng(seed)
+    moved = jax.tree.map(lambda x: jnp.asarray(x + 0.1 * random.normal(size=x.shape).astype(x.dtype)), trained)
+    return pj.combine(moved, frozen)
 
 
 def total(out: Any) -> jax.Array:

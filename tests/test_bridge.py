@@ -1,5 +1,6 @@
 """What a bridged function may do with an adapted leaf, and what it may not."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -152,14 +153,15 @@ def test_views_are_quantised_as_the_matrices_they_are(method: str) -> None:
     seen, forward = pj.bridge(function).traced(params, x)
     adapted, forward = made(jax.random.key(0), seen, forward)
     adapted = shaken(adapted)
-    wanted = function(pj.merge(adapted), x)
-    close(jax.jit(forward)(adapted, x), wanted, 1e-4, 1e-4)
+    run, plain = jax.jit(forward), jax.jit(function)
+    wanted = plain(pj.merge(adapted), x)
+    close(run(adapted, x), wanted, 1e-4, 1e-4)
     base = pj.strip(adapted)
-    close(forward(base, x), function(pj.merge(quant.dequantise(base)), x), 1e-5, 1e-5)
+    close(run(base, x), plain(pj.merge(quant.dequantise(base)), x), 1e-5, 1e-5)
     assert all(isinstance(w, View) and w.packed for w in base.values())
     back = quant.dequantise(adapted)
     assert jax.tree.map(jnp.shape, pj.strip(back)) == jax.tree.map(jnp.shape, params)
-    close(forward(back, x), wanted, 1e-4, 1e-4)
+    close(run(back, x), wanted, 1e-4, 1e-4)
 
 
 def test_randomness_and_ranks_reach_the_leaves() -> None:
@@ -171,8 +173,11 @@ def test_randomness_and_ranks_reach_the_leaves() -> None:
         adapted, ours = method(jax.random.key(0), params, bridged)
         theirs = method.wrap(native)
         adapted = shaken(adapted)
-        assert same(jax.jit(ours)(adapted, x, ports), jax.jit(theirs)(adapted, x, ports))
-        assert not np.allclose(ours(adapted, x, ports=ports), ours(adapted, x))
+        run = jax.jit(ours)
+        dropped = run(adapted, x, ports)
+        assert same(dropped, jax.jit(theirs)(adapted, x, ports))
+        assert not np.allclose(dropped, run(adapted, x, dataclasses.replace(ports, micro_key=jax.random.key(6))))
+    assert same(ours(adapted, x, ports=ports), ours(adapted, x, ports))
 
 
 def test_transformations_around_it_compile_once() -> None:

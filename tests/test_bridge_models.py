@@ -1,5 +1,6 @@
 """Models that know nothing of this library, bridged: Linen, NNX, Equinox, and our own Llama as a plain function."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +58,12 @@ def linen(params: Any, ids: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def linen_params() -> Any:
-    params = MODULE.init(jax.random.key(0), IDS)["params"]
-    return jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(x.size), x.shape), params)
+    params, random = jax.jit(MODULE.init)(jax.random.key(0), IDS)["params"], np.random.default_rng(0)
+    return jax.tree.map(lambda x: jnp.asarray(x + np.float32(0.05) * random.normal(size=x.shape).astype("f")), params)
 
 
 MATRICES = "embed$|attention|up|down"
 METHODS = {
-    "lora": methods.lora(2, select=MATRICES),
     "lora, one layer": methods.lora(2, select=r"layers\.1\..*(query|up)$"),
     "dora": methods.dora(2, select=MATRICES),
     "dylora": methods.dylora(2, select=MATRICES),
@@ -80,7 +80,7 @@ METHODS = {
 
 @pytest.mark.parametrize("name", METHODS)
 def test_linen(name: str, linen_params: Any, quick_compiles: None) -> None:
-    compare = check if name in ("lora", "nf4") else check_outputs  # a gradient is the leaf's own affair
+    compare = check if name == "nf4" else check_outputs  # a gradient is the leaf's own affair
     adapted, _ = compare(linen, linen_params, (IDS,), METHODS[name])
     assert jax.tree.map(jnp.shape, pj.merge(adapted)) == jax.tree.map(jnp.shape, linen_params)
     if name not in ("nf4", "grouped"):
@@ -141,7 +141,8 @@ class NNXModel(nnx.Module):
 def test_nnx(quick_compiles: None) -> None:
     graph, params, rest = nnx.split(NNXModel(nnx.Rngs(0)), nnx.Param, ...)
     forward = lambda params, ids: nnx.merge(graph, params, rest)(ids)  # noqa: E731
-    adapted, _ = check(forward, nnx.to_pure_dict(params), (IDS,), methods.lora(2, select="embed|attention|up|down"))
+    method = methods.lora(2, select="embed|attention|up|down")
+    adapted, _ = check_outputs(forward, nnx.to_pure_dict(params), (IDS,), method)
     weights = {w for w, leaf in pj.trees.leaves(adapted).items() if pj.trees.is_weight(leaf)}
     assert {path[-2] for path in weights} == {"embed", "query", "key", "value", "out", "up", "down"}
     # nnx.State is a tree too: its leaves are called ….value.
@@ -192,7 +193,18 @@ def test_equinox(quick_compiles: None) -> None:
     assert isinstance(pj.merge(adapted), EquinoxModel)
     # What shares something keeps it in the tree, which is then a dict.
     method = methods.vera(4, select)
-    check_outputs(lambda params, ids: forward(params["model"], ids), {"model": params}, (IDS,), method)
+    bridged = pj.bridge(lambda params, ids: forward(params["model"], ids))
+    adapted, bridged = method(jax.random.key(0), *bridged.traced({"model": params}, IDS))
+    assert jax.eval_shape(bridged, adapted, IDS).shape == (2, 6, 24)
+
+
+def test_the_guide_runs(quick_compiles: None) -> None:
+    pages = Path(__file__).parents[1] / "docs" / "bridge.md"
+    blocks, names = re.findall(r"```python\n(.*?)```", pages.read_text(), re.DOTALL), dict[str, Any]()
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(block, names)
+    assert names["y"].shape == (3, 4) and isinstance(names["merged"], eqx.nn.MLP)
 
 
 # -- against the native model ------------------------------------------------------------------------------------------

@@ -78,7 +78,8 @@ MODELS = {
     "gemma": lambda: gemma(2),
     "gemma, one kernel": lambda: gemma(4),
 }
-# Seven matrices a layer (a router is one more) and the table, and a head that is its own; Gemma has keys and values, or all three, in one.
+# Seven matrices a layer (a router is one more), the table, and a head that is its own; Gemma's keys and values, or all
+# three, are one.
 ADAPTED = {"llama": 16, "llama, tied": 15, "qwen": 15, "qwen, experts": 18, "gemma": 13, "gemma, one kernel": 11}
 LORA = methods.lora(2, select=r"attn|mlp|embed|lm_head")
 
