@@ -164,6 +164,24 @@ def test_views_are_quantised_as_the_matrices_they_are(method: str) -> None:
     close(run(back, x), wanted, 1e-4, 1e-4)
 
 
+def test_kernels_of_any_shape_train_whole() -> None:
+    function, params, x = CASES["heads"]
+    method = pj.chain(methods.unfreeze("^k$"), methods.lora(2, select="^[qo]$"))
+    adapted, _ = check(function, params, (x,), method)
+    assert pj.count(adapted).trainable == params["k"].size + 2 * 2 * (8 + 8)
+    assert all(pj.strip(adapted)[name] is params[name] for name in params)
+
+
+def test_rows_beyond_a_table_are_what_they_were() -> None:
+    function = lambda p, ids: jnp.take(p["t"], ids, axis=0) + p["t"].at[ids].get(mode="clip")  # noqa: E731
+    ids = jnp.array([-1, 7, 2])
+    adapted, forward = LORA(jax.random.key(0), *pj.bridge(function).traced({"t": normal(6, 8)}, ids))
+    adapted = shaken(adapted)
+    found = forward(adapted, ids)
+    assert np.isnan(found[1]).all() and np.isfinite(found[jnp.array([0, 2])]).all()
+    close(found, function(pj.merge(adapted), ids))
+
+
 def test_randomness_and_ranks_reach_the_leaves() -> None:
     params, x = {"q_proj": {"kernel": normal(8, 8)}}, normal(4, 8, seed=5)
     native = pj.Forward(lambda params, inputs, ports: pj.linear(inputs.tokens, params["q_proj"]["kernel"]))
@@ -191,8 +209,9 @@ def test_transformations_around_it_compile_once() -> None:
     run = jax.jit(jax.checkpoint(lambda params, x: forward(params, x)[0]))
     close(run(adapted, x), function(plain, x)[0])
     without_compiling(run, pj.set_scale(adapted, 0.5), x + 1)
-    tall = jax.jit(jax.vmap(lambda scale: forward(pj.set_scale(adapted, 0.0), scale * x)[0]))(jnp.arange(2.0))
-    close(tall[1], function(params, x)[0])
+    several = jax.tree.map(lambda *w: jnp.stack(w), pj.set_scale(adapted, 0.0), adapted)  # over the leaves
+    each = jax.vmap(lambda params: forward(params, x)[0])(several)
+    close(each, jnp.stack([function(params, x)[0], function(plain, x)[0]]))
 
 
 def test_inputs_of_its_own() -> None:
