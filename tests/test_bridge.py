@@ -214,6 +214,15 @@ def test_transformations_around_it_compile_once() -> None:
     close(each, jnp.stack([function(params, x)[0], function(plain, x)[0]]))
 
 
+def test_a_products_precision_is_kept() -> None:
+    function = lambda p, x: jnp.matmul(x, p["up"]["kernel"], precision="highest")  # noqa: E731
+    adapted, forward = LORA(jax.random.key(0), {"up": {"kernel": SQUARE["w"]}}, pj.bridge(function))
+    products = [e for e in jax.make_jaxpr(forward)(adapted, X).eqns if e.primitive.name == "dot_general"]
+    assert len(products) == 3 and all(e.params["precision"][0] == jax.lax.Precision.HIGHEST for e in products)
+    with pytest.raises(ValueError, match="a bridged function has no port 'prompt'"):
+        forward(adapted, X, pj.Ports(prompt=X))
+
+
 def test_inputs_of_its_own() -> None:
     def function(params: Any, x: Any, batch: Any, *, scale: float = 1.0, flip: bool = False) -> Any:
         y = x @ params["kernel"]["kernel"] + batch["shift"]

@@ -21,6 +21,7 @@ from peft_jax.bridge.follow import Followed, start
 from peft_jax.bridge.interpret import Interpreter
 from peft_jax.bridge.layouts import Use, described, layout, probe, prober, seen_as
 from peft_jax.core import Forward, Inputs, Params, Ports, Spec, check_inputs
+from peft_jax.layers import refuse_unknown_ports
 from peft_jax.views import View
 from peft_jax.weights import Leaf, is_weight
 
@@ -106,7 +107,7 @@ def bridge(
         function: of a pytree of arrays, and of whatever else it takes.  It is traced, as by `jax.jit`; inputs that are
             no JAX arrays are given to it as they are.
         materialise: which leaves may be multiplied out where the function uses them in a way that has no rule: True for
-            all, or a pattern over their names.  It costs a matrix of the base's size and its gradient.
+            all, or a pattern over their paths.  It costs a matrix of the base's size and its gradient.
         spec: what the model says of itself (names, vocabulary); by default leaves are called by their dotted paths.
 
     Raises:
@@ -123,6 +124,7 @@ def bridge(
     """
 
     def features(params: Params, inputs: Any, ports: Ports) -> Any:
+        refuse_unknown_ports(ports, spec.ports, "a bridged function")
         if isinstance(inputs, Inputs):
             check_inputs(inputs, spec)
             named = {f.name: getattr(inputs, f.name) for f in dataclasses.fields(Inputs)}
