@@ -50,6 +50,9 @@ class Adapters(Weight):
         scale = jnp.where(index >= 0, chosen.scale, jnp.zeros_like(chosen.scale))
         return dataclasses.replace(chosen, base=self.base, scale=scale)
 
+    def axes(self) -> dict[str, Any]:
+        return {}  # `several` is a leaf, and speaks for itself
+
     def materialise(self) -> Array:
         if self.active.ndim:  # stacked layers
             return jax.lax.map(Adapters.materialise, self)
@@ -116,6 +119,11 @@ def stack(adapted: Mapping[str, Params], forward: Forward, *, name: str = "adapt
             return params, ports
 
         def rows(path: Path, w: Any) -> Weight:
+            if forward.spec.experts(path):
+                raise ValueError(
+                    f"{'/'.join(path)} holds experts, which meet tokens of many rows at once: an adapter a row is "
+                    "not supported there, so choose one for all (adapters.use), or adapt other leaves"
+                )
             active = jnp.broadcast_to(ports.adapter.astype(jnp.int32), (*w.active.shape, *ports.adapter.shape))
             return dataclasses.replace(w, active=active)
 

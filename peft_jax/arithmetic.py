@@ -266,14 +266,15 @@ def _leaf(
 ) -> tuple[LoRA, np.ndarray]:
     """The sum of one leaf's adapters; and ‖result − wanted‖² and ‖wanted‖², over its layers."""
     like = next(iter(mine.values()))
-    stacked = like.scale.ndim > 0
+    lead = like.scale.shape
     # On the host, in fp64: factors are small, and layers of other ranks have other shapes.
-    host = {n: [np.asarray(x, np.float64) for x in (w.a, w.b, w.scale)] for n, w in mine.items()}
+    flat = lambda x: np.asarray(x, np.float64).reshape(-1, *x.shape[len(lead) :])  # noqa: E731
+    host = {n: [flat(x) for x in (w.a, w.b, w.scale)] for n, w in mine.items()}
     layers, squares = [], np.zeros(2)
     for layer in range(len(like.ranks)):
         terms = []
         for n, arrays in host.items():
-            a, b, s = (x[layer] for x in arrays) if stacked else arrays
+            a, b, s = (x[layer] for x in arrays)
             drawn = None if key is None else functools.reduce(_fold, (n, here, str(layer)), key)
             if rank := mine[n].ranks[layer]:
                 terms.append(_Term(n, a[:, :rank], b[:rank], weights[n], float(s), drawn))
@@ -285,7 +286,7 @@ def _leaf(
     a = np.stack([np.pad(a, ((0, 0), (0, max(ranks) - a.shape[1]))) for a, _ in layers])
     b = np.stack([np.pad(b, ((0, max(ranks) - b.shape[0]), (0, 0))) for _, b in layers])
     s = np.array(ranks, bool)
-    a, b, s = (a, b, s) if stacked else (a[0], b[0], s[0])
+    a, b, s = (x.reshape((*lead, *x.shape[1:])) for x in (a, b, s))
     dtype = functools.reduce(
         np.promote_types, (x.dtype for w in mine.values() for x in (w.a, w.b)), np.dtype(np.float32)
     )

@@ -27,6 +27,7 @@ class Visible:
                 segment EVERYWHERE is seen from all of them
     window      how many keys a query reaches back over, itself included; None for all
     bias        fp32 [batch or 1, heads, time, keys], added to the scores; None for none
+    cap         the scores' soft cap (see `soft_cap`), before the bias; None for none
     plain       the orders are 0, 1, 2, … on both sides and there are no segments: a kernel's causal flag is enough
     """
 
@@ -38,6 +39,7 @@ class Visible:
     bias: Any = None
     causal: bool = dataclasses.field(default=True, metadata={"static": True})
     plain: bool = dataclasses.field(default=False, metadata={"static": True})
+    cap: float | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def flagged(self) -> bool:
@@ -67,9 +69,9 @@ def dot_product_attention(
 
     cuDNN takes the causal flag and a static window where the rows are plain, a dense mask where they are padded or
     packed.  What it would refuse is computed plainly: heads that are wide or no multiple of 8, masks of an odd length;
-    so is a bias, whose gradient it does not always have.
+    so is a bias, whose gradient it does not always have, and so are capped scores, which it does not know.
     """
-    if visible.bias is not None or not _fits_cudnn(query, key, visible.flagged):
+    if visible.bias is not None or not _fits_cudnn(query, key, visible):
         return plain_attention(query, key, value, visible, scale)
     if visible.flagged:
         window = None if visible.window is None else (visible.window - 1, 0)
@@ -96,7 +98,7 @@ def chunked_attention(
     """Full attention whose memory grows linearly with the text: cuDNN's where `dot_product_attention` has it, and
     `plain_attention` elsewhere, of `CHUNK` queries at a time, computed anew in the backward pass."""
     batch, time = query.shape[:2]
-    if time <= CHUNK or visible.bias is not None or _fits_cudnn(query, key, visible.flagged):
+    if time <= CHUNK or visible.bias is not None or _fits_cudnn(query, key, visible):
         return dot_product_attention(query, key, value, visible, scale)
     chunks = -(-time // CHUNK)
 
@@ -116,11 +118,16 @@ def chunked_attention(
     return jnp.moveaxis(y, 0, 1).reshape(batch, chunks * CHUNK, *query.shape[2:])[:, :time]
 
 
-def _fits_cudnn(query: Array, key: Array, flagged: bool) -> bool:
+def _fits_cudnn(query: Array, key: Array, visible: Visible) -> bool:
     half = query.dtype in (jnp.bfloat16, jnp.float16)
     heads = query.shape[-1] % 8 == 0 and query.shape[-1] <= 128
-    lengths = flagged or (query.shape[1] % 2 == 0 and key.shape[1] % 2 == 0)
-    return jax.default_backend() == "gpu" and half and heads and lengths
+    lengths = visible.flagged or (query.shape[1] % 2 == 0 and key.shape[1] % 2 == 0)
+    return jax.default_backend() == "gpu" and half and heads and lengths and visible.cap is None
+
+
+def soft_cap(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:
+    """``cap · tanh(x / cap)``: what is small stays as it is, and nothing exceeds `cap`; without one, `x` itself."""
+    return x if cap is None else jnp.tanh(x / cap) * cap
 
 
 def plain_attention(
@@ -130,7 +137,7 @@ def plain_attention(
     visible: Visible,
     scale: float,
 ) -> Float[Array, "batch time heads dim"]:
-    """``softmax(scale · q kᵀ + bias) v``, scores and softmax in fp32; a query that sees nothing gives the mean of all.
+    """``softmax(cap(scale · q kᵀ) + bias) v``, scores and softmax in fp32; a query that sees nothing gives the mean.
 
     The queries that share a key head are rows of one matrix, so that each product is as large as it can be and needs
     no transpose: on a CPU a third less time than `jax.nn.dot_product_attention`, forward and backward.
@@ -141,7 +148,7 @@ def plain_attention(
     rows = rows.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, group * time, dim)
     key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
     scores = jnp.einsum("bkid,bkjd->bkij", rows, key, preferred_element_type=jnp.float32)
-    scores = scores.reshape(batch, kv_heads, group, time, -1)
+    scores = soft_cap(scores.reshape(batch, kv_heads, group, time, -1), visible.cap)
     if visible.bias is not None:
         scores += visible.bias.reshape(-1, kv_heads, group, time, scores.shape[-1])
     scores = jnp.where(visible.mask()[:, :, None], scores, 0.7 * jnp.finfo(jnp.float32).min)

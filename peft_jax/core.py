@@ -82,8 +82,9 @@ class Spec:
     """What a model says of itself.
 
     `names(path)` gives the source model's own names for a leaf (``model.layers.3.self_attn.q_proj``), one for each
-    layer of a stacked leaf; `stacked(path)` says whether the leaf's first axis is layers, and `looked_up(path)` whether
-    it is a table whose rows are looked up.  `tensors` is the source
+    matrix of a stacked leaf; `stacked(path)` says whether the leaf's first axis is layers, `experts(path)` how many
+    experts its next axis counts, 0 where it has none, and `looked_up(path)` whether it is a table whose rows are looked
+    up.  `tensors` is the source
     checkpoint's table (`peft_jax.models.tensors.Tensor`), empty where there is none; `tied` lists the source's modules
     that reuse an embedding's table, each with that embedding: ``("lm_head", "model.embed_tokens")``.  `embedding` is
     where the tokens' embedding lies, and `embedding_scale` what the model multiplies its rows by; `positions` is what
@@ -108,6 +109,7 @@ class Spec:
     ports: frozenset[str] = frozenset()
     names: Callable[[Path], tuple[str, ...]] = dotted
     stacked: Callable[[Path], bool] = lambda path: False
+    experts: Callable[[Path], int] = lambda path: 0
     looked_up: Callable[[Path], bool] = lambda path: path[-1] == "embedding"
     tensors: tuple[Any, ...] = ()
     tied: tuple[tuple[str, str], ...] = ()

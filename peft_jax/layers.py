@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from peft_jax import trees
 from peft_jax.core import Params, Ports
+from peft_jax.sharding import pin
 from peft_jax.weights import Leaf, embed, linear
 
 normal = nn.initializers.normal(0.02)
@@ -38,7 +39,7 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... inputs"]) -> Float[Array, "... outputs"]:
-        y = linear(x, leaf(self, "kernel", normal, (x.shape[-1], self.features)))
+        y = pin(linear(x, leaf(self, "kernel", normal, (x.shape[-1], self.features))))
         if self.use_bias:
             y = add_vector(y, leaf(self, "bias", nn.initializers.zeros, (self.features,)))
         return y
@@ -57,19 +58,23 @@ class Embed(nn.Module):
 
     @nn.compact
     def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... width"]:
-        return embed(ids, leaf(self, "embedding", normal, (self.vocab, self.width)))
+        return pin(embed(ids, leaf(self, "embedding", normal, (self.vocab, self.width))))
 
 
 class RMSNorm(nn.Module):
-    """``x / rms(x) · scale``, the statistics in fp32."""
+    """``x / rms(x) · scale``, the statistics in fp32; `centred`: ``· (1 + scale)``, the product in fp32 too."""
 
     epsilon: float
+    centred: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
-        scale = leaf(self, "scale", nn.initializers.ones, (x.shape[-1],))
+        start = nn.initializers.zeros if self.centred else nn.initializers.ones
+        scale = leaf(self, "scale", start, (x.shape[-1],))
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.epsilon)
+        if self.centred:
+            return times_vector(wide, 1 + scale.astype(jnp.float32)).astype(x.dtype)
         return times_vector(wide.astype(x.dtype), scale)
 
 

@@ -107,6 +107,21 @@ def place(leaf: OnDisk, sharding: Any) -> Array:
     return jax.make_array_from_callback(leaf.shape, sharding, once(leaf.read, leaf.shape))
 
 
+def put(x: Any, sharding: Any) -> Array:
+    """An array in a sharding or on a device.
+
+    Where the devices are several processes', each of them has the whole array and gives its own devices their pieces:
+    nothing is sent, and nothing compared.
+    """
+    if not isinstance(sharding, jax.sharding.Sharding) or sharding.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(put(jax.random.key_data(x), sharding), impl=jax.random.key_impl(x))
+    return jax.make_array_from_callback(x.shape, sharding, np.asarray(x).__getitem__)
+
+
 def whole(shape: Sequence[int]) -> Index:
     return tuple(slice(0, n) for n in shape)
 

@@ -14,7 +14,8 @@ adapter; ``tx.init`` those of the optimiser's state; a gradient is fp32 for each
                 attention keeps queries, keys, values, outputs and a number for each query
     workspace   one layer of what remat="none" would keep, while it is differentiated; half as much again where it is
                 first computed anew (remat="full"); and the largest matrix as it is dequantised
-    logits      a chunk's, and their gradient, in fp32 (`training.losses.chunk_size`)
+    logits      a chunk's, and their gradient, in fp32 (`training.losses.chunk_size`); on several devices the head too,
+                gathered
 
 `tests/test_plan.py` holds the sum to within 15% of what XLA's `memory_analysis` says of compiled steps of small models,
 and what an added layer keeps (remat="none") to within 2%.  Left out: the runtime's own memory, fragmentation, and what
@@ -147,7 +148,8 @@ def plan(
         remat: what the backward pass recomputes: "full", "dots" or "none".
         attention: "fused" (cuDNN's, or any other that keeps no scores) or "plain".
         paged: the size from which the optimiser's arrays lie in host memory (`training.page`); None for none.
-        devices: how many share weights, adapter and state evenly (FSDP); a layer's weights are gathered whole.
+        devices: how many share weights, adapter and state evenly (FSDP); a layer's weights are gathered whole, and the
+            head's.
         backend: "gpu" or "cpu", for which the loss cuts its chunks.
 
     Raises:
@@ -177,7 +179,8 @@ def plan(
     kept = sum(map(_size, _kept(forward, params, batch, length, attend)))
     everything = _kept(make("none")[1], params, batch, length, attend)
     layer = sum(_size(x) for x in everything if x.shape[:1] == (layers,)) // layers
-    gathered = 0 if devices == 1 else _bytes(frozen) // layers
+    gathered = 0 if devices == 1 else _bytes(params) // layers
+    head = 0 if devices == 1 else config.vocab_size * forward.spec.width * jnp.dtype(dtype).itemsize
     share = lambda size: -(-size // devices)  # noqa: E731
     return Plan(
         weights=share(_bytes(frozen) - codes[1]),
@@ -188,7 +191,7 @@ def plan(
         host=share(sum(map(_size, on_host))),
         kept=kept,
         workspace=(3 * layer // 2 if remat == "full" else layer) + codes[0] + gathered,
-        logits=2 * 4 * batch * min(length, chunk_size(batch, config.vocab_size, backend)) * config.vocab_size,
+        logits=2 * 4 * batch * min(length, chunk_size(batch, config.vocab_size, backend)) * config.vocab_size + head,
         trainable=count.trainable,
         frozen=count.frozen,
     )

@@ -31,8 +31,9 @@ Pattern = str | Callable[[str], bool]
 # The first number between dots in a name is the layer; later ones are experts.
 LAYER = re.compile(r"(?<![^.])\d+(?![^.])")
 
-# Every matrix of the layers: not the embedding or the head, nor T5's table of distances, which is in its first layers.
-LAYER_MATRICES = r"(^|\.)\d+\.(?!.*relative_attention_bias$)"
+# Every matrix of the layers: not the embedding or the head, nor T5's table of distances, which is in its first layers,
+# nor what chooses among experts, which is small and sensitive.
+LAYER_MATRICES = r"(^|\.)\d+\.(?!.*(relative_attention_bias|\.gate)$)"
 
 
 # -- walking ----------------------------------------------------------------------------------------------------------
@@ -87,9 +88,10 @@ def layer_of(name: str) -> int | None:
 class Site(NamedTuple):
     """A leaf that a method may act on.
 
-    names     the source model's names for it, one for each layer of a stacked leaf
-    chosen    which of those layers are meant
+    names     the source model's names for it, one for each matrix of a stacked leaf: layer by layer, experts in order
+    chosen    which of those are meant
     stacked   whether the leaf's first axis is layers
+    experts   how many experts the next axis counts, 0 where there is none
     embedding whether it is a table whose rows are looked up
     """
 
@@ -97,42 +99,55 @@ class Site(NamedTuple):
     names: tuple[str, ...]
     chosen: tuple[bool, ...]
     stacked: bool
-    embedding: bool
+    experts: int = 0
+    embedding: bool = False
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """The leaf's leading axes."""
+        experts = (self.experts,) if self.experts else ()
+        return ((len(self.names) // max(self.experts, 1),) if self.stacked else ()) + experts
+
+    def arranged(self, values: Sequence[Any], dtype: Any = None) -> Array:
+        """Something of every name, on the leaf's leading axes."""
+        return jnp.array(values, dtype).reshape(self.lead)
 
     def keys(self, key: Array, method: str) -> Array:
-        """A key for each layer, from names alone: ``fold_in`` of crc32(method), crc32(canonical name), layer index.
+        """A key for each name, from names alone: ``fold_in`` of crc32(method), crc32(canonical name), layer index.
 
         The canonical name writes ``*`` for the layer, so the stacked and the unrolled model draw the same numbers.
         """
-        canonical = LAYER.sub("*", self.names[0], count=1) + "/" + self.path[-1]
+        canonical = [LAYER.sub("*", name, count=1) + "/" + self.path[-1] for name in self.names]
         if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
             key = jax.random.wrap_key_data(key)  # an old-style key: one row of numbers, not a stack of keys
         key = jax.random.fold_in(key, zlib.crc32(method.encode()))
-        key = jax.random.fold_in(key, zlib.crc32(canonical.encode()))
+        sums = jnp.array([zlib.crc32(name.encode()) for name in canonical], jnp.uint32)
         indices = jnp.array([layer_of(name) or 0 for name in self.names])
-        keys = jax.vmap(functools.partial(jax.random.fold_in, key))(indices)
-        return keys if self.stacked else keys[0]
+        keys = jax.vmap(lambda s, i: jax.random.fold_in(jax.random.fold_in(key, s), i))(sums, indices)
+        return keys.reshape(self.lead)
 
     def draw(self, key: Array, method: str, sample: Callable[..., Array], *args: Any) -> Array:
-        """``sample(key, *args)`` for each layer, stacked if the leaf is.  `sample` and `args` must be hashable."""
+        """``sample(key, *args)`` for each name, stacked as the leaf is.  `sample` and `args` must be hashable."""
         return _draw(self.keys(key, method), sample, args)
 
     def matrix_shape(self, leaf: Leaf) -> tuple[int, ...]:
-        """The shape of one layer's array."""
-        return tuple(leaf.shape[1:] if self.stacked else leaf.shape)
+        """The shape of one layer's (one expert's) array."""
+        return tuple(leaf.shape[len(self.lead) :])
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _draw(keys: Array, sample: Callable[..., Array], args: tuple[Any, ...]) -> Array:
     # Jitted, because eager and compiled draws can differ in the last bit.
     draw = lambda key: sample(key, *args)  # noqa: E731
-    return jax.vmap(draw)(keys) if keys.ndim else draw(keys)
+    for _ in range(keys.ndim):
+        draw = jax.vmap(draw)
+    return draw(keys)
 
 
 def site(path: Path, spec: Spec) -> Site:
     """A leaf's names, all layers chosen."""
     names = spec.names(path)
-    return Site(path, names, (True,) * len(names), spec.stacked(path), spec.looked_up(path))
+    return Site(path, names, (True,) * len(names), spec.stacked(path), spec.experts(path), spec.looked_up(path))
 
 
 def is_matrix(site: Site, leaf: Leaf) -> bool:
@@ -471,15 +486,13 @@ def place(params: Params, shardings: Any = None) -> Params:
     Args:
         params: the tree.
         shardings: a sharding, or a tree of them that `params`' structure refines; None leaves arrays where they are
-            and reads the rest onto the default device.
+            and reads the rest onto the default device.  Of a sharding over several processes each gives its own pieces.
     """
     unread = any(map(on_disk.is_on_disk, weights(params)))
-    if shardings is not None and not unread:
-        return jax.device_put(params, shardings)
 
     def put(sharding: Any, part: Params) -> Params:
         def each(leaf: Any) -> Any:
-            return on_disk.place(leaf, sharding) if on_disk.is_on_disk(leaf) else jax.device_put(leaf, sharding)
+            return on_disk.place(leaf, sharding) if on_disk.is_on_disk(leaf) else on_disk.put(leaf, sharding)
 
         return jax.tree.map(each, part, is_leaf=on_disk.is_on_disk)
 

@@ -42,6 +42,8 @@ class Weight:
     (`peft_jax.trees.share`).
 
     It names in `needs` the optimiser's state without which it does not train as its paper says, and what makes that.
+
+    `axes` says how its arrays lie along the matrix, which is all that `peft_jax.sharding` has to know of it.
     """
 
     trains: ClassVar[tuple[str, ...]] = ()
@@ -71,6 +73,14 @@ class Weight:
 
     def unembed(self, x: Array) -> Array:
         return unembed(x, self.materialise())
+
+    def axes(self) -> dict[str, Any]:
+        """Of the matrix's axes, ``in`` and ``out``, which the last axes of each own array run along; None is neither.
+
+        By field, nested as the field is: ``{"a": ("in", None), "b": (None, "out")}``.  A mesh splits an array as it
+        splits the matrix; what is not named lies whole on every device.
+        """
+        return {}
 
     def merged(self) -> Leaf:
         """What `pj.merge` leaves in an adapter's place: its array, unless its base can take it in and stay as it is."""
@@ -163,6 +173,9 @@ class Unfrozen(Weight):
     @property
     def dtype(self) -> Any:
         return self.value.dtype
+
+    def axes(self) -> dict[str, Any]:
+        return {"value": ("in", "out")}
 
     def materialise(self) -> Array:
         return self.value if self.layers is None else self.base.at[jnp.array(self.layers)].set(self.value)

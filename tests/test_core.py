@@ -259,11 +259,11 @@ def test_a_name_taken_twice_raises(params: Any) -> None:
 
 def test_draws_come_from_names_and_are_the_same_stacked_and_unrolled(params: Any) -> None:
     key = jax.random.key(5)
-    stacked = trees.Site(("layers", "q_proj", "kernel"), names(("layers", "q_proj")), (True,) * LAYERS, True, False)
+    stacked = trees.Site(("layers", "q_proj", "kernel"), names(("layers", "q_proj")), (True,) * LAYERS, True)
     drawn = stacked.draw(key, "m", normal, (2, 2))
     assert drawn.shape == (LAYERS, 2, 2) and len(np.unique(drawn)) == drawn.size
     for i, name in enumerate(stacked.names):
-        one = trees.Site((f"layers_{i}", "q_proj", "kernel"), (name,), (True,), False, False)
+        one = trees.Site((f"layers_{i}", "q_proj", "kernel"), (name,), (True,), False)
         np.testing.assert_array_equal(one.draw(key, "m", normal, (2, 2)), drawn[i])
     other = stacked._replace(names=names(("layers", "o_proj")))
     for different in (other.draw(key, "m", normal, (2, 2)), stacked.draw(key, "n", normal, (2, 2))):

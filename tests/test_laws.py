@@ -11,13 +11,14 @@ import optax
 import pytest
 import zoo
 from checks import close, copied, differs, kinds, one_layer, same, size, three_steps, without_compiling
-from jax.sharding import AxisType
 from zoo import BATCH, KEY, ROWS, TOKENS, Row
 
 import peft_jax as pj
-from peft_jax import methods, trees
+from peft_jax import methods, sharding, trees
 from peft_jax.interop import hf_peft
 from peft_jax.training import Checkpoints, State, init_state, make_step
+from peft_jax.training.checkpoints import nodes
+from peft_jax.training.step import shardings_of
 from peft_jax.weights import is_weight
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -33,12 +34,11 @@ def test_every_factory_has_a_row() -> None:
 
 def check_outputs(row: Row, family: str) -> None:
     """The start, merging, strip and changes of scale, in one compiled program: the forward function under vmap, the
-    base sharded by columns and the batch by rows over eight devices."""
-    run, mesh = zoo.compiled(family), jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-    columns = lambda x: jax.NamedSharding(mesh, jax.P(*[None] * (x.ndim - 1), "model"))  # noqa: E731
-    base = pj.place(zoo.base(family), jax.tree.map(columns, zoo.base(family)))
+    base and the batch in pieces on eight devices."""
+    run, mesh = zoo.compiled(family), sharding.mesh(data=2, fsdp=2, tensor=2)
+    base = sharding.shard(zoo.base(family), zoo.build(family), mesh)
     given = zoo.inputs(family)
-    tokens = jax.device_put(given, jax.NamedSharding(mesh, jax.P("data")))
+    tokens = sharding.spread(given, mesh)
     params, forward = row.method(KEY, base, zoo.build(family))
     own, noisy = row.base(base), zoo.disturbed(params)
     plain = run(row.base(zoo.base(family)), given)
@@ -115,8 +115,40 @@ def test_training(row: Row, tmp_path: Any) -> None:
         resumed, _ = without_compiling(step, resumed, frozen, BATCH)
     assert same(copied(resumed), states[2]), "a resumed run ended elsewhere"
 
+    if row.name not in ALIKE:
+        check_in_pieces(row, params, forward, states[2], losses)
     if not row.slope:
         check_slope(step, zoo.disturbed(params), tx)
+
+
+# Rows whose leaves another row has too, or a test of its own (`test_sharding`): a program for eight devices is dear.
+ALIKE = {"lora", "ranks by layer", "dropout and biases", "dylora", "dylora truncated", "olora", "rslora with lora+"}
+ALIKE |= {"vera", "one layer", "two loras and norms", "several adapters", "baked prefix", "longlora"}
+
+
+def check_in_pieces(row: Row, params: Any, forward: Any, end: Any, losses: list[float]) -> None:
+    """Three steps on a mesh of data x fsdp x tensor: the losses and the state of one device, decisions bit for bit."""
+    mesh = sharding.mesh(data=2, fsdp=2, tensor=2)
+    placed = sharding.shard(params, forward, mesh)
+    tx = pj.freeze(row.optimiser(), placed)
+    state, frozen = init_state(placed, tx, KEY)
+    assert dict(nodes(placed, "")) == dict(nodes(params, "")), "a checkpoint would not go from one to the other"
+    step, batch = make_step(forward, tx, shardings=shardings_of(state)), sharding.spread(BATCH, mesh)
+    for i in range(3):
+        state, metrics = without_compiling(step, state, frozen, batch) if i else step(state, frozen, batch)
+        assert float(metrics["loss"]) == pytest.approx(losses[i], rel=1e-5)
+    assert any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(frozen))
+    for x in jax.tree.leaves(state):
+        copies: dict[str, set[bytes]] = {}
+        for piece in x.addressable_shards if x.dtype == np.float32 else ():
+            copies.setdefault(str(piece.index), set()).add(np.asarray(piece.data).tobytes())
+        assert all(len(bits) == 1 for bits in copies.values()), "devices that hold the same piece disagree"
+    pairs = [zip(*map(jax.tree.leaves, halves), strict=True) for halves in zip(copied(state)[:2], end[:2], strict=True)]
+    for x, y in pairs[0]:  # leaves alone: those in few bits know of the mesh
+        close(x, y, rtol=1e-3, atol=2e-4)  # Adam's first steps are the gradient's sign
+    for x, y in pairs[1]:
+        if x.dtype != np.float32:  # budgets, and which triplets are kept
+            np.testing.assert_array_equal(x, y)
 
 
 def check_slope(step: Any, noisy: Any, tx: Any) -> None:

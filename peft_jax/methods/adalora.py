@@ -101,9 +101,12 @@ class SVD(Weight):
         return self.arranged([np.arange(self.values.shape[-1]) < rank for rank in self.ranks])
 
     def arranged(self, layers: Sequence[Any] | np.ndarray) -> np.ndarray:
-        """Something of every layer, with the leaf's leading axes."""
+        """Something of every layer, ``[layers, r]``, with the leaf's leading axes."""
         stacked = np.array(layers)
-        return stacked if self.values.ndim > 1 else stacked[0]
+        return stacked.reshape(*self.values.shape[:-1], stacked.shape[-1])
+
+    def axes(self) -> dict[str, Any]:
+        return {"q": ("in", None), "p": (None, "out")}
 
     def materialise(self) -> Array:
         return plus_product(materialise(self.base), self.scale, self.q * self._values()[..., None, :], self.p)
@@ -193,7 +196,7 @@ def adalora(
             warnings.warn(message, UserWarning, stacklevel=2)
         drawn = site.draw(key, name, _vectors, initial, inputs + outputs)  # [*layers, r, in + out]
         q, p = jnp.matrix_transpose(drawn[..., :inputs]), drawn[..., inputs:]
-        chosen = jnp.array(site.chosen if site.stacked else site.chosen[0])
+        chosen = site.arranged(site.chosen)
         vectors = [jnp.where(chosen[..., None, None], x, 0).astype(dtype) for x in (q, p)]
         values = jnp.zeros((*chosen.shape, initial), dtype)
         active = jnp.broadcast_to(chosen[..., None], values.shape)
@@ -233,7 +236,7 @@ def ranks(params: Params, forward: Forward | None = None) -> dict[str, int]:
     spec, counts = Spec() if forward is None else forward.spec, dict[str, int]()
     for path, leaf in trees.leaves(params).items():
         for w in (w for w in trees.weights(leaf) if isinstance(w, SVD)):
-            left, names = np.atleast_2d(_left(path, w)).sum(-1), spec.names(path)
+            left, names = _rows(_left(path, w)).sum(-1), spec.names(path)
             if len(names) != len(left):
                 names = tuple(f"{names[0]}.{layer}" for layer in range(len(left)))
             for name, held, rank in zip(names, w.triplets, left, strict=True):
@@ -248,6 +251,11 @@ def _left(path: Path, w: SVD) -> np.ndarray:
     if w.values is None:
         raise ValueError(f"{'/'.join(path)} has holes: combine the two halves of the partition first")
     return (np.asarray(w.values) != 0) & w.used
+
+
+def _rows(x: np.ndarray) -> np.ndarray:
+    """A row a layer (or an expert of one)."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def table(counts: Mapping[str, int]) -> str:
@@ -289,7 +297,7 @@ def prune(params: Params) -> Params:
 
 
 def _compact(w: SVD, left: np.ndarray) -> SVD:
-    rows = np.atleast_2d(left)
+    rows = _rows(left)
     width = max(1, int(rows.sum(-1).max()))
     # What is left comes first, in its order; what pads the rest is cleared.
     order = jnp.asarray(w.arranged(np.argsort(~rows, axis=-1, stable=True)[:, :width]))

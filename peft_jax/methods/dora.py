@@ -47,6 +47,9 @@ class DoRA(Weight):
         acts = self.active[..., None] & (norms > 0)
         return jnp.where(acts, self.magnitude / jnp.where(acts, norms, jnp.ones_like(norms)), jnp.ones_like(norms))
 
+    def axes(self) -> dict[str, Any]:
+        return {"magnitude": ("out",)}
+
     def materialise(self) -> Array:
         base = materialise(self.base)
         return (base.astype(jnp.float32) * self.factor()[..., None, :]).astype(base.dtype)
@@ -96,8 +99,7 @@ def dora(
 
         def decompose(path: Path, w: Leaf) -> Leaf:
             assert isinstance(w, LoRA)
-            active = jnp.array(w.ranks) > 0
-            active = active if w.scale.ndim else active[0]
+            active = (jnp.array(w.ranks) > 0).reshape(w.scale.shape)
             return DoRA(w, column_norms(materialise(w.base)), active, name=name)
 
         return trees.rewrite(params, inner, decompose)

@@ -126,7 +126,7 @@ def dylora(
         def extend(path: Path, w: Leaf) -> Leaf:
             if not isinstance(w, LoRA):  # a bias that trains along
                 return w
-            top = jnp.array(w.ranks if w.scale.ndim else w.ranks[0], jnp.int32)
+            top = jnp.array(w.ranks, jnp.int32).reshape(w.scale.shape)
             return DyLoRA(w.base, w.a, w.b, w.scale, ranks=w.ranks, name=name, top=top, active=jnp.copy(top))
 
         return trees.rewrite(params, name, extend)
@@ -196,7 +196,7 @@ def shorten(w: Any, rank: int | None = None) -> LoRA:
     """The plain LoRA leaf of a DyLoRA or LoRA leaf; by default of the rank in use."""
     rank = int(np.max(w.active)) if rank is None else rank
     ranks = tuple(min(r, rank) for r in w.ranks)
-    top, new = (jnp.array(r if w.scale.ndim else r[0], jnp.int32) for r in (w.ranks, ranks))
+    top, new = (jnp.array(r, jnp.int32).reshape(w.scale.shape) for r in (w.ranks, ranks))
     a, b = w.a[..., :rank], w.b[..., :rank, :]
     return LoRA(w.base, a, b, scale_at(w.scale, top, new), w.key, w.rate, ranks, w.name)
 

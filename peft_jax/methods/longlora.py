@@ -16,6 +16,10 @@ the model's own forward function) has full attention.  A loop of your own passes
 Groups count the slots of the batch's arrays, padding too; who sees whom inside a group is what it is without groups
 (padding, packed segments, sliding windows).  g need not divide T: the last group is shorter.
 
+On a mesh whose axis `sequence` splits the tokens (`peft_jax.sharding`) groups are local: each device attends inside
+those that it holds, and the shifted heads pass half a group of queries, keys and values to the device before, and half
+a group of outputs back.  A device's tokens must be whole groups.
+
 Source: sections 3.2 and 3.3, algorithm 1; dvlab-research/LongLoRA, llama_attn_replace.py (``forward_flashattn`` for the
 groups, ``forward_noflashattn`` for the wrapped ones), fine-tune.py (``trainable_params``).
 
@@ -30,7 +34,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from peft_jax.attention import Visible, chunked_attention
@@ -38,6 +44,7 @@ from peft_jax.core import Forward, Method, Params, Ports, chain
 from peft_jax.methods.lora import lora
 from peft_jax.methods.unfreeze import unfreeze
 from peft_jax.ports import need
+from peft_jax.sharding import ROWS, mesh_of
 from peft_jax.trees import Pattern
 
 
@@ -101,6 +108,9 @@ class ShiftedAttention:
 
     def _grouped(self, query: Array, key: Array, value: Array, visible: Visible, scale: float, by: int) -> Array:
         """Attention inside groups whose borders lie `by` tokens further on."""
+        mesh = mesh_of(query)
+        if mesh is not None and mesh.shape.get("sequence", 1) > 1:
+            return self._in_pieces(mesh, query, key, value, visible, scale, by)
         batch, time, size = *query.shape[:2], self.size(query.shape[1])
         segments = (visible.query_segments, visible.key_segments)
         rolled = by if self.wrap else 0
@@ -128,6 +138,61 @@ class ShiftedAttention:
             )
             found.append(self.inner(q, k, v, inside, scale).reshape(batch, length * count, *query.shape[2:]))
         return roll(jnp.concatenate(found, 1), rolled)
+
+    def _in_pieces(
+        self, mesh: AbstractMesh, query: Array, key: Array, value: Array, visible: Visible, scale: float, by: int
+    ) -> Array:
+        """`_grouped`, where each device of the mesh's axis `sequence` holds some whole groups."""
+        devices, (batch, time), size = mesh.shape["sequence"], query.shape[:2], self.size(query.shape[1])
+        local = time // devices
+        if time % devices or local % size:
+            raise ValueError(
+                f"a text of {time} tokens is split over {devices} devices of the mesh's axis 'sequence', and {local} "
+                f"tokens are no whole number of groups of {size}: choose a smaller group, or fewer devices"
+            )
+        splits = lambda n, *axes: n % math.prod(mesh.shape.get(a, 1) for a in axes) == 0  # noqa: E731
+        rows = tuple(a for a in ROWS if a in mesh.shape) if splits(batch, *ROWS) else None
+        tensor = "tensor" in mesh.shape and splits(key.shape[2], "tensor") and splits(query.shape[2], "tensor")
+        whole = PartitionSpec(rows, "sequence", "tensor" if tensor else None)
+        segments = tuple(
+            None if x is None else jnp.broadcast_to(x, (batch, time))
+            for x in (visible.query_segments, visible.key_segments)
+        )
+        given = (query, key, value, segments, visible.window, jnp.arange(devices, dtype=jnp.int32))
+        specs = (whole, whole, whole, PartitionSpec(rows, "sequence"), PartitionSpec(), PartitionSpec("sequence"))
+
+        def shifted(x: Any, by: int) -> Any:  # so many tokens from the device behind, or before
+            step = -1 if by > 0 else 1
+            round_about = [(i, (i + step) % devices) for i in range(devices)]
+            kept, sent = (x[:, by:], x[:, :by]) if by > 0 else (x[:, :by], x[:, by:])
+            parts = [kept, jax.lax.ppermute(sent, "sequence", round_about)]
+            return jnp.concatenate(parts[::-step], 1)
+
+        def own(query: Array, key: Array, value: Array, segments: Any, window: Any, index: Array) -> Array:
+            arrays: list[Any] = [query, key, value, *segments]
+            if by:
+                arrays = [x if x is None else shifted(x, by) for x in arrays]
+
+            def attend(start: int, stop: int, group: int) -> Array:
+                parts: Any = [x if x is None else x[:, start:stop] for x in arrays]
+                q, k, v, asking, asked = parts
+                seen = dataclasses.replace(visible, query_segments=asking, key_segments=asked, window=window)
+                return dataclasses.replace(self, group=group)._grouped(q, k, v, seen, scale, 0)
+
+            def apart() -> Array:  # the text's end and its beginning, which the last device's last group holds both
+                runs = [(0, local - size, size), (local - size, local - by, size - by), (local - by, local, by)]
+                return jnp.concatenate([attend(*run) for run in runs if run[0] < run[1]], 1)
+
+            if not by:
+                return attend(0, local, size)
+            if self.wrap:
+                y = attend(0, local, size)
+            else:
+                y = jax.lax.cond(index[0] == devices - 1, apart, lambda: attend(0, local, size))
+            return shifted(y, -by)
+
+        # Each device's own branch: nothing inside one waits for another device.
+        return jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=whole, check_vma=False)(*given)
 
 
 def _heads(query: Array, key: Array, value: Array, part: slice) -> tuple[Array, Array, Array]:

@@ -55,6 +55,9 @@ class LoRA(Weight):
     ranks: tuple[int, ...] = static(default=())
     name: str = static(default="lora")
 
+    def axes(self) -> dict[str, Any]:
+        return {"a": ("in", None), "b": (None, "out")}
+
     def materialise(self) -> Array:
         return plus_product(materialise(self.base), self.scale, self.a, self.b)
 
@@ -270,12 +273,12 @@ def _adapter(
         warnings.warn(
             f"{site.names[0]} is a {inputs} x {outputs} matrix: rank {rank} is above its own", UserWarning, stacklevel=2
         )
-    scale = jnp.array(scales if site.stacked else scales[0], jnp.float32)
+    scale = site.arranged(scales, jnp.float32)
     a, b = start(key, site, leaf, rank, scale, name)
     if len(set(ranks)) > 1:
-        used = jnp.arange(rank)[None] < jnp.array(ranks)[:, None]  # [layers, r]
-        a = jnp.where(used[:, None, :], a, 0)
-        b = jnp.where(used[:, :, None], b, 0)
+        used = jax.lax.broadcasted_iota(jnp.int32, (*site.lead, rank), len(site.lead)) < site.arranged(ranks)[..., None]
+        a = jnp.where(used[..., None, :], a, 0)
+        b = jnp.where(used[..., None], b, 0)
     a, b = a.astype(dtype), b.astype(dtype)
     return LoRA(rest(leaf, a, b, scale, name), a, b, scale, ranks=ranks, name=name)
 

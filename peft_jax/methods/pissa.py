@@ -36,6 +36,9 @@ class Residual(Weight):
     scale: Any
     name: str = static(default="residual")
 
+    def axes(self) -> dict[str, Any]:
+        return {"a": ("in", None), "b": (None, "out")}
+
     def materialise(self) -> Array:
         return plus_product(materialise(self.base), -self.scale, self.a, self.b)
 
@@ -81,17 +84,18 @@ def factors(factor: Any, site: Site, leaf: Leaf, rank: int, scale: Array) -> tup
     if rank > min(site.matrix_shape(leaf)):
         raise ValueError(f"{site.names[0]} is {site.matrix_shape(leaf)}: it has no {rank} directions to start from")
 
-    return _factors(factor, rank, site.stacked, materialise(leaf), scale)
+    return _factors(factor, rank, materialise(leaf), scale)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _factors(factor: Any, rank: int, stacked: bool, w: Array, scale: Array) -> tuple[Array, Array]:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _factors(factor: Any, rank: int, w: Array, scale: Array) -> tuple[Array, Array]:
     def one(pair: tuple[Array, Array]) -> tuple[Array, Array]:
         w, s = pair
         return factor(w.astype(jnp.float32), rank, jnp.where(s > 0, s, jnp.ones_like(s)))
 
     # A layer at a time: the factors of all layers at once would need many times the leaf's own memory.
-    return jax.lax.map(one, (w, scale)) if stacked else one((w, scale))
+    found = jax.lax.map(one, (w.reshape(-1, *w.shape[-2:]), scale.reshape(-1)))
+    return jax.tree.map(lambda x: x.reshape(*scale.shape, *x.shape[1:]), found)
 
 
 def residual(leaf: Leaf, a: Array, b: Array, scale: Array, name: str) -> Residual:

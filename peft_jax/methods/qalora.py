@@ -75,6 +75,9 @@ class QALoRA(Weight):
         a, b, scale = (x.astype(jnp.float32) for x in (self.a, self.b, self.scale))
         return (self.factor * scale)[..., None, None] * (a @ b)
 
+    def axes(self) -> dict[str, Any]:
+        return {"a": ("in", None), "b": (None, "out")}  # a group is some inputs
+
     def materialise(self) -> Array:
         base = materialise(self.base)
         wide = np.promote_types(base.dtype, np.float32)
@@ -206,7 +209,7 @@ def qalora(
                 _check_groups(base, group_size)
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from None
-        chosen = jnp.array(site.chosen if site.stacked else site.chosen[0])
+        chosen = site.arranged(site.chosen)
         a = site.draw(key, name, _xavier, inputs // group_size, rank)
         a = jnp.where(chosen[..., None, None], a, 0).astype(dtype)
         b = jnp.zeros((*leaf.shape[:-2], rank, outputs), dtype)

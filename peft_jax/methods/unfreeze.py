@@ -1,6 +1,7 @@
 """Leaves trained whole: biases, norms, embeddings, new heads, or (``unfreeze(".*")``) full fine-tuning."""
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from peft_jax import trees
@@ -48,7 +49,13 @@ def _unfreeze(site: Site | None, leaf: Leaf, keep_base: bool, name: str) -> Leaf
         raise TypeError(
             f"{'/'.join(site.path)} is stored as {kind} and cannot be trained whole: leave it out of select"
         )
-    layers = None if all(site.chosen) else tuple(i for i, chosen in enumerate(site.chosen) if chosen)
+    rows = np.array(site.chosen).reshape(*site.lead[:1], -1)  # of the leaf's first axis
+    if (rows.any(-1) != rows.all(-1)).any():
+        raise ValueError(
+            f"{'/'.join(site.path)} holds all experts of a layer, which train whole together: select all of them, or "
+            "load the model with scan=False"
+        )
+    layers = None if rows.all() else tuple(int(i) for i in np.flatnonzero(rows.any(-1)))
 
     def train(base: Array) -> Unfrozen:
         # A copy: the trained array is donated by the training step, the base is not.

@@ -67,6 +67,9 @@ class VeRA(Weight):
         inputs, outputs = self.shape[-2:]
         return self.down[:inputs].astype(dtype), self.up[:, :outputs].astype(dtype)
 
+    def axes(self) -> dict[str, Any]:
+        return {"b": ("out",)}
+
     def materialise(self) -> Array:
         base = materialise(self.base)
         wide = np.promote_types(base.dtype, np.float32)
@@ -174,7 +177,7 @@ def vera(
         return trees.map_leaves(adapt, params) | {"methods": {**params.get("methods", {}), name: pair}}
 
     def _adapter(site: Site, leaf: Leaf) -> VeRA:
-        chosen = jnp.array(site.chosen if site.stacked else site.chosen[0])
+        chosen = site.arranged(site.chosen)
         d = jnp.full((*chosen.shape, rank), jnp.where(chosen, start, 0)[..., None], dtype)
         b = jnp.zeros((*leaf.shape[:-2], leaf.shape[-1]), dtype)
         ranks = tuple(rank * hit for hit in site.chosen)

@@ -15,8 +15,9 @@ import numpy as np
 
 from peft_jax.core import Params, Path
 from peft_jax.models.quantised import EMPTY, Packed, find
-from peft_jax.models.tensors import Tensor, unrolled
-from peft_jax.on_disk import Index, OnDisk, Reader, aligned, once, whole
+from peft_jax.models.tensors import Tensor, place
+from peft_jax.on_disk import Index, OnDisk, Reader, aligned, once, put, whole
+from peft_jax.sharding import arrays_like
 from peft_jax.trees import leaves, path_of
 from peft_jax.weights import Leaf
 
@@ -32,7 +33,8 @@ HARMLESS = re.compile(r"rotary_emb\.inv_freq$|(^|\.)attn\.(masked_)?bias$|embedd
 
 
 class Slot(NamedTuple):
-    """Where one layer's matrix of a leaf lies in the source: from column `start` of a tensor, in our layout.
+    """Where one layer's (one expert's) matrix of a leaf lies in the source: from column `start` of a tensor, laid out
+    as ours.
 
     `stem` is the name of its module: what the source calls it, or what `select` calls a part of a tensor.
     """
@@ -47,7 +49,8 @@ class Plan(NamedTuple):
     """A family's table, matched with a tree.
 
     slots     for each leaf, where its layers' matrices lie
-    parts     for each tensor, whether it is transposed, and the leaves it is made of (each with a layer, if stacked)
+    parts     for each tensor, whether it is transposed, and the leaves it is made of, each with the index of its
+              matrix on the leaf's leading axes, counted as one (None where it has none)
     stems     for each tensor, the names of its parts' modules
     shapes    for each tensor, its shape in the source
     """
@@ -66,18 +69,21 @@ def plan(params: Params, tensors: Sequence[Tensor], layers: int, scan: bool) -> 
     """
     tree, made = leaves(params), Plan({}, {}, {}, {})
     for tensor in tensors:
-        for layer in range(tensor.layers or layers) if tensor.layered else (0,):
-            source, start, parts = tensor.source.format(layer=layer), 0, []
+        stacked = tensor.layered and scan
+        lead = stacked + bool(tensor.experts)
+        for layer, expert in tensor.places(layers):
+            source, start, parts = tensor.source.format(layer=layer, expert=expert), 0, []
             alone = (tensor.source.removesuffix(".weight"),)
-            stems = tuple(name.format(layer=layer) for name in (tensor.names if len(tensor.paths) > 1 else alone))
+            named = tensor.names if len(tensor.paths) > 1 else alone
+            stems = tuple(name.format(layer=layer, expert=expert) for name in named)
             for path, stem in zip(tensor.paths, stems, strict=True):
-                where = unrolled(path, layer) if tensor.layered and not scan else tuple(path.split("/"))
+                where = place(path, tensor, layer, scan)
                 if where not in tree:
                     raise ValueError(f"the tree lacks {'/'.join(where)}, which holds {source}")
-                stacked = tensor.layered and scan
-                shape = tuple(tree[where].shape[1:] if stacked else tree[where].shape)
-                made.slots.setdefault(where, []).append(Slot(source, tensor.transpose, start, stem))
-                parts.append((where, layer if stacked else None))
+                shape = tuple(tree[where].shape[lead:])
+                mine = made.slots.setdefault(where, [])
+                parts.append((where, len(mine) if lead else None))
+                mine.append(Slot(source, tensor.transpose, start, stem))
                 start += shape[-1]
             shape = (*shape[:-1], start)
             made.parts[source], made.stems[source] = (tensor.transpose, parts), stems
@@ -178,7 +184,7 @@ def read_params(
 
     def create(keys: Any, leaf: Any, sharding: Any = None) -> Leaf:
         if path_of(keys) in packed.leaves:
-            return _unpacked(packed.leaves[path_of(keys)], "/".join(path_of(keys)), sharding)
+            return _unpacked(packed.leaves[path_of(keys)], sharding)
         slots = [slot._replace(source=names[slot.source]) for slot in made.slots[path_of(keys)]]
         fill = functools.partial(_fill, reader, slots, leaf)
         if lazy and len(reader.shape(slots[0].source)) == 2:
@@ -194,23 +200,23 @@ def read_params(
     return jax.tree_util.tree_map_with_path(create, abstract, spread)
 
 
-def _unpacked(make: Callable[[], Leaf], where: str, sharding: Any) -> Leaf:
-    if sharding is None or sharding.is_fully_replicated:
-        return make() if sharding is None else jax.device_put(make(), sharding)
-    raise ValueError(
-        f"{where} is kept in few bits, whose codes no sharding of the plain array fits: load the checkpoint without "
-        "shardings=, and give pj.place shardings of its own leaves"
-    )
+def _unpacked(make: Callable[[], Leaf], sharding: Any) -> Leaf:
+    """A leaf in few bits, whose arrays lie as `sharding` would have its matrix lie."""
+    leaf = make()
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        return leaf if sharding is None else jax.device_put(leaf, sharding)
+    spec = (*sharding.spec, *[None] * leaf.ndim)[: leaf.ndim][-2:]
+    split = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec))
+    return jax.tree.map(put, leaf, arrays_like(leaf, split))
 
 
 def _fill(reader: Reader, slots: Sequence[Slot], leaf: Any, index: Index) -> np.ndarray:
     """A region of a leaf, read matrix by matrix."""
     out = aligned(tuple(s.stop - s.start for s in index), leaf.dtype)
-    if len(index) == len(reader.shape(slots[0].source)):  # not stacked
-        _read_matrix(reader, slots[0], index, out)
-        return out
-    for row, layer in enumerate(range(index[0].start, index[0].stop)):
-        _read_matrix(reader, slots[layer], index[1:], out[row])
+    lead = len(index) - len(reader.shape(slots[0].source))  # how many axes are not the matrix's own
+    numbers = np.arange(len(slots)).reshape(leaf.shape[:lead])[index[:lead]]
+    for at, number in np.ndenumerate(numbers):
+        _read_matrix(reader, slots[number], index[lead:], out[at])
     return out
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from peft_jax import trees
 from peft_jax.core import Params, Spec
-from peft_jax.models import bart, bert, deberta, gpt2, llama, t5
-from peft_jax.models.tensors import Tensor, naming, unrolled
+from peft_jax.models import bart, bert, deberta, gemma, gpt2, llama, moe, t5
+from peft_jax.models.tensors import Tensor, expert_counts, naming, unrolled
 
-FAMILIES: tuple[ModuleType, ...] = (llama, gpt2, bert, deberta, t5, bart)
+FAMILIES: tuple[ModuleType, ...] = (llama, moe, gemma, gpt2, bert, deberta, t5, bart)
 
 
 def family(model_type: str) -> ModuleType:
@@ -43,13 +43,21 @@ def spec_of(params: Params) -> Spec:
         if not inside or stacked.keys() != {path for tensor in tensors for path in tensor.paths}:
             continue
         tensors = [t._replace(layers=_layers(t, tree)) if t.layered else t for t in tensors]
+        tensors = [t._replace(experts=_experts(t, tree, scan)) if t.experts else t for t in tensors]
         layers = next(t.layers for t in tensors if t.layered) or 0
         names, is_stacked = naming(tensors, layers, scan)
         heads = {tensor.source for tensor in every} - {tensor.source for tensor in tensors}
         tied = (("lm_head", embedding),) if "lm_head.weight" in heads else ()
-        return Spec(layers=layers, names=names, stacked=is_stacked, tensors=tuple(tensors), tied=tied)
+        experts = expert_counts(tensors, layers, scan)
+        return Spec(layers=layers, names=names, stacked=is_stacked, experts=experts, tensors=tuple(tensors), tied=tied)
     some = ", ".join(sorted(tree)[:2]) or "nothing"
     raise ValueError(f"this tree is of no model family here (it holds {some}): give its forward function too")
+
+
+def _experts(tensor: Tensor, tree: dict[str, Any], scan: bool) -> int:
+    """How many experts a layer of a tree has."""
+    path = tensor.paths[0]
+    return int(tree[path if scan else "/".join(unrolled(path, 0))].shape[-3])
 
 
 def _layers(tensor: Tensor, tree: dict[str, Any]) -> int:

@@ -52,6 +52,8 @@ class Config:
     qk_norm: bool
     windows: tuple[int | None, ...]  # a layer each
     rope: tuple[tuple[str, Any], ...]  # transformers' rope_parameters, sorted items
+    scale: float  # of attention's scores
+    centred: bool = False  # norms multiply by 1 + scale
     scan: bool = True
     remat: str = "full"
     compute_dtype: Any = None
@@ -87,6 +89,7 @@ def read_config(config: Any, scan: bool = True, remat: str = "full", compute_dty
         qk_norm=kind == "qwen3",
         windows=tuple(window if k == "sliding_attention" else None for k in kinds),
         rope=tuple(sorted(rotary.read(config).items())),
+        scale=(getattr(config, "head_dim", None) or config.hidden_size // heads) ** -0.5,
         scan=scan,
         remat=remat,
         compute_dtype=None if compute_dtype is None else jnp.dtype(compute_dtype),
@@ -116,10 +119,11 @@ class Attention(nn.Module):
 
         query, key, value = heads("q_proj", c.heads), heads("k_proj", c.kv_heads), heads("v_proj", c.kv_heads)
         if c.qk_norm:
-            query, key = RMSNorm(c.epsilon, name="q_norm")(query), RMSNorm(c.epsilon, name="k_norm")(key)
+            query, key = (
+                RMSNorm(c.epsilon, c.centred, name=name)(x) for name, x in (("q_norm", query), ("k_norm", key))
+            )
         query, key = rotate(query, turn), rotate(key, turn)
-        scale = c.head_dim**-0.5
-        y, cache = layer_attention(self.attend, query, key, value, visible, scale, prefix, cache, layer)
+        y, cache = layer_attention(self.attend, query, key, value, visible, c.scale, prefix, cache, layer)
         return Linear(c.width, c.o_bias, name="o_proj")(y.reshape(batch, time, -1)), cache
 
 
@@ -134,31 +138,44 @@ class MLP(nn.Module):
         return Linear(c.width, c.mlp_bias, name="down_proj")(activation(c.activation)(gate) * up)
 
 
+def windowed(visible: Visible, window: Array | None, config: Config) -> Visible:
+    """What a layer sees: through its own window, where layers differ in theirs, or the one that they share."""
+    if window is not None:
+        return dataclasses.replace(visible, window=window, plain=False)
+    # Set here, not outside the stack, where the scan would trace it: kernels want a static window.
+    return visible if config.window is None else dataclasses.replace(visible, window=config.window)
+
+
+def own_of_layers(config: Config, prefix: Any) -> tuple[Any, Any, Any]:
+    """What each layer has of its own: its number, its window where layers differ in theirs, its prefix."""
+    mixed = len(set(config.windows)) > 1
+    windows = np.array([w or np.iinfo(np.int32).max for w in config.windows], np.int32) if mixed else None
+    return np.arange(config.layers, dtype=np.int32), windows, prefix
+
+
 class Layer(nn.Module):
     """One decoder layer, in the form that `nn.scan` wants: (carry, this layer's inputs, what all layers share)."""
 
     config: Config
     attend: Callable[..., Array]
+    feed_forward: type[nn.Module] = MLP
 
     @nn.compact
     def __call__(self, carry: Any, own: Any, shared: Any) -> tuple[Any, None]:
         (x, cache), (layer, window, prefix), (turn, visible) = carry, own, shared
-        if window is not None:
-            visible = dataclasses.replace(visible, window=window, plain=False)
-        elif self.config.window is not None:
-            # Set here, not outside the stack, where the scan would trace it: kernels want a static window.
-            visible = dataclasses.replace(visible, window=self.config.window)
+        visible = windowed(visible, window, self.config)
         y = RMSNorm(self.config.epsilon, name="input_layernorm")(x)
         y, cache = Attention(self.config, self.attend, name="self_attn")(y, turn, visible, prefix, cache, layer)
         x = x + y
         y = RMSNorm(self.config.epsilon, name="post_attention_layernorm")(x)
-        return (x + MLP(self.config, name="mlp")(y), cache), None
+        return (x + self.feed_forward(self.config, name="mlp")(y), cache), None
 
 
 class Decoder(nn.Module):
     """Embedding, layers, final norm: tokens to features."""
 
     config: Config
+    feed_forward: type[nn.Module] = MLP
 
     @nn.compact
     def __call__(self, inputs: Inputs, ports: Ports = Ports()) -> Any:  # noqa: B008 (frozen)
@@ -167,11 +184,9 @@ class Decoder(nn.Module):
         x = x if c.compute_dtype is None else x.astype(c.compute_dtype)
         sequence = arrange(inputs, x, ports)
         shared = (rotary.turns(dict(c.rope), c.head_dim, c.original, sequence.positions), sequence.visible)
-        mixed = len(set(c.windows)) > 1
-        windows = np.array([w or np.iinfo(np.int32).max for w in c.windows], np.int32) if mixed else None
-        own = (np.arange(c.layers, dtype=np.int32), windows, sequence.prefix)
+        own = own_of_layers(c, sequence.prefix)
         attend = ports.attend or dot_product_attention
-        x, cache = run_layers(Layer, (c, attend), c, (sequence.x, sequence.cache), own, shared)
+        x, cache = run_layers(Layer, (c, attend, self.feed_forward), c, (sequence.x, sequence.cache), own, shared)
         return sequence.finish(RMSNorm(c.epsilon, name="norm")(x), cache)
 
 
@@ -189,10 +204,10 @@ def init(key: Array, config: Any, *, scan: bool = True, dtype: Any = jnp.float32
 def tensors(config: Any) -> tuple[Tensor, ...]:
     """Where each tensor of a Hugging Face checkpoint goes."""
     c = read_config(config)
-    return _table(c.tied, c.qkv_bias, c.o_bias, c.mlp_bias, c.qk_norm)
+    return table(c.tied, c.qkv_bias, c.o_bias, c.mlp_bias, c.qk_norm)
 
 
-def _table(tied: bool, qkv_bias: bool, o_bias: bool, mlp_bias: bool, qk_norm: bool) -> tuple[Tensor, ...]:
+def table(tied: bool, qkv_bias: bool, o_bias: bool, mlp_bias: bool, qk_norm: bool) -> tuple[Tensor, ...]:
     ours, theirs = "model/layers/", "model.layers.{layer}."
     found = [
         Tensor("model.embed_tokens.weight", ("model/embed_tokens/embedding",)),
@@ -212,4 +227,4 @@ def _table(tied: bool, qkv_bias: bool, o_bias: bool, mlp_bias: bool, qk_norm: bo
     return tuple(found)
 
 
-EVERY = ((f"{ROOT}.{TABLE}", _table(False, True, True, True, True)),)  # what any member has, behind its embedding
+EVERY = ((f"{ROOT}.{TABLE}", table(False, True, True, True, True)),)  # what any member has, behind its embedding

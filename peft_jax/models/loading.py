@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 
-from peft_jax import trees
+from peft_jax import sharding, trees
 from peft_jax.core import Forward, Params
 from peft_jax.files import replacing
 from peft_jax.interop import gguf
@@ -121,6 +121,7 @@ def load(
     scan: bool = True,
     remat: str = "full",
     shardings: Any = None,
+    mesh: jax.sharding.Mesh | None = None,
     tokenizer: Any = None,
     head: str | None = None,
     labels: int | None = None,
@@ -137,6 +138,8 @@ def load(
         scan: stacks the layers and scans over them; otherwise the tree holds ``layers_0``, ``layers_1`` and so on.
         remat: what the backward pass recomputes: "full", "dots" or "none".
         shardings: a sharding, or a tree of them that the parameter tree refines, in which arrays are created directly.
+        mesh: a mesh (`peft_jax.sharding`), in whose own shardings arrays are created; what comes after it, adapters
+            and codes, `sharding.shard` puts there.
         tokenizer: a tokenizer, or the directory of one, in place of the source's own.
         head: of an encoder, "classification", "tokens" or "answers"; None gives its features.  A head that the source
             does not hold is new: random, and it trains (its leaves are those of `methods.unfreeze`).
@@ -156,8 +159,13 @@ def load(
 
     Departures: transformers fills missing tensors with random numbers and passes over extra ones, with a warning.
     """
-    if lazy and shardings is not None:
-        raise ValueError("lazy=True leaves matrices on disk: give the shardings to pj.place, which reads them")
+    if lazy and (shardings is not None or mesh is not None):
+        raise ValueError(
+            "lazy=True leaves matrices on disk: give the shardings to pj.place, or the mesh to sharding.shard, which "
+            "read them"
+        )
+    if shardings is not None and mesh is not None:
+        raise ValueError("give load() a mesh or shardings, not both")
     path = File(source).expanduser()
     if isinstance(tokenizer, str | os.PathLike):
         tokenizer = _tokenizer(File(tokenizer))
@@ -174,6 +182,8 @@ def load(
     init = functools.partial(module.init, config=found.config, scan=scan, dtype=dtype, **headed)
     key = jax.random.key(0) if key is None else key
     abstract, layers = jax.eval_shape(init, key), found.config.num_hidden_layers
+    if mesh is not None:
+        shardings = sharding.shardings(abstract, forward, mesh)
     tensors = module.tensors(found.config, head) if module.HEADS else module.tensors(found.config)
     fields = getattr(found.config, "quantization_config", None)
     fields = quantised.check(fields, str(path)) if fields else None
@@ -182,12 +192,16 @@ def load(
         tensors = tuple(t for t in tensors if t not in new)
         tops = {t.paths[0].split("/")[0] for t in new}
         rest = {name: part for name, part in abstract.items() if name not in tops}
-        params = read_params(found.reader, tensors, rest, layers, scan, shardings, module.UNUSED, lazy, fields)
+        own = {name: shardings[name] for name in rest} if mesh is not None else shardings
+        params = read_params(found.reader, tensors, rest, layers, scan, own, module.UNUSED, lazy, fields)
         fresh = jax.jit(lambda key: {name: init(key)[name] for name in tops})(key)
+        if mesh is not None:
+            fresh = trees.place(fresh, {name: shardings[name] for name in tops})
         params |= jax.tree.map(lambda x: Unfrozen(x, jnp.copy(x), name="head"), fresh)
         forward = trees.bare(forward, "head")
     else:
         params = read_params(found.reader, tensors, abstract, layers, scan, shardings, module.UNUSED, lazy, fields)
+    params = params if mesh is None else sharding.told(params, mesh)
     return Model(params, forward, found.config, found.tokenizer, found.generation, head)
 
 

@@ -26,6 +26,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 ORIGINAL = "original_max_position_embeddings"
+FULL, SLIDING = "full_attention", "sliding_attention"  # transformers' kinds of layers
 KINDS: dict[str, tuple[str, ...]] = {  # what each reads, beside rope_theta
     "default": (),
     "linear": ("factor",),
@@ -36,26 +37,27 @@ KINDS: dict[str, tuple[str, ...]] = {  # what each reads, beside rope_theta
 OPTIONAL = {"yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")}
 
 
-def read(config: Any) -> dict[str, Any]:
-    """A transformers config's rotary fields.
+def read(config: Any, kind: str = "") -> dict[str, Any]:
+    """A transformers config's rotary fields; of its layers of one `kind`, where kinds of layers differ in them.
 
     Raises:
         ValueError: on a scaling that is not supported or lacks a field, or heads that rotate in part.
     """
-    rope = {"rope_theta": 10000.0, "rope_type": "default"} | dict(config.rope_parameters or {})
-    kind = rope["rope_type"]
-    if kind not in KINDS:
-        raise ValueError(f"rotary scaling {kind!r} is not supported: {', '.join(KINDS)} are")
-    if missing := [field for field in KINDS[kind] if rope.get(field) is None]:
-        raise ValueError(f"rotary scaling {kind!r} lacks {', '.join(missing)}: complete the config's rope_parameters")
+    given = config.rope_parameters or {}
+    rope = {"rope_theta": 10000.0, "rope_type": "default"} | dict(given[kind] if kind else given)
+    scaling = rope["rope_type"]
+    if scaling not in KINDS:
+        raise ValueError(f"rotary scaling {scaling!r} is not supported: {', '.join(KINDS)} are")
+    if missing := [field for field in KINDS[scaling] if rope.get(field) is None]:
+        raise ValueError(f"rotary scaling {scaling!r} lacks {', '.join(missing)}: complete its rope_parameters")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError("rotary positions of a part of each head (partial_rotary_factor) are not supported")
     return {field: value for field, value in rope.items() if not isinstance(value, dict | list)}
 
 
-def positions_of(config: Any) -> int:
+def positions_of(config: Any, kind: str = "") -> int:
     """How many positions a config's model has: dynamic scaling keeps the original number in max_position_embeddings."""
-    rope, positions = read(config), config.max_position_embeddings
+    rope, positions = read(config, kind), config.max_position_embeddings
     return math.ceil(positions * rope["factor"]) if rope["rope_type"] == "dynamic" else positions
 
 
@@ -120,7 +122,8 @@ def rescaled(config: Any, scaling: Mapping[str, Any]) -> Any:
     """A copy of a transformers config whose rotary positions are scaled as `scaling` says, and that has so many more.
 
     Args:
-        config: of a model with rotary positions.
+        config: of a model with rotary positions; where its layers differ in theirs (Gemma 3), those of the layers
+            with full attention are scaled.
         scaling: transformers' fields: ``{"rope_type": "linear", "factor": 8.0}``; "dynamic" and "yarn" likewise.
             The original number of positions is ``original_max_position_embeddings`` where it is given, and the config's
             own where that is not scaled already.
@@ -134,7 +137,9 @@ def rescaled(config: Any, scaling: Mapping[str, Any]) -> Any:
     >>> longer.max_position_embeddings, longer.rope_parameters["original_max_position_embeddings"]
     (8192, 2048)
     """
-    old, new = getattr(config, "rope_parameters", None), dict(scaling)
+    every, new = getattr(config, "rope_parameters", None), dict(scaling)
+    layers = FULL if every and FULL in every else ""
+    old = every[FULL] if every and layers else every
     if not old:
         raise ValueError(f"{config.model_type} has no rotary positions to scale: leave rope_scaling out")
     kind = new["rope_type"] = new.pop("type", None) or new.get("rope_type")
@@ -157,7 +162,7 @@ def rescaled(config: Any, scaling: Mapping[str, Any]) -> Any:
         new[ORIGINAL] = original
     kept = {field: value for field, value in old.items() if field in ("rope_theta", "partial_rotary_factor")}
     config = copy.deepcopy(config)
-    config.rope_parameters = kept | new
+    config.rope_parameters = {**(every or {}), FULL: kept | new} if layers else kept | new
     config.max_position_embeddings = original if kind == "dynamic" else math.ceil(original * factor)
-    read(config)
+    read(config, layers)
     return config

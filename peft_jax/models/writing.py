@@ -1,6 +1,7 @@
 """A tree under its Hugging Face names, as safetensors."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path as File
 from typing import Any
@@ -40,12 +41,11 @@ def write_params(
 
     def size(source: str) -> int:
         found = [tree[path] for path, _ in made.parts[source][1]]
-        stacked = [layer is not None for _, layer in made.parts[source][1]]
-        return sum(_bytes(leaf) // (leaf.shape[0] if s else 1) for leaf, s in zip(found, stacked, strict=True))
+        return sum(_bytes(leaf) // math.prod(_lead(leaf, made.shapes[source])) for leaf in found)
 
     def gather(source: str) -> dict[str, np.ndarray]:
         transpose, parts = made.parts[source]
-        found = [_layer(tree[path], layer) for path, layer in parts]
+        found = [_matrix(tree[path], index, made.shapes[source]) for path, index in parts]
         if isinstance(found[0], Frozen):
             pairs = zip(made.stems[source], found, strict=True)
             return {name: x for stem, leaf in pairs for name, x in quantised.write(stem, leaf, config).items()}
@@ -79,8 +79,14 @@ def _bytes(leaf: Leaf) -> int:
     return int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize
 
 
-def _layer(leaf: Leaf, layer: int | None) -> Leaf:
-    """One layer of a leaf, on the host."""
+def _lead(leaf: Leaf, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The leading axes of a leaf whose matrices, or vectors, have this shape in the source."""
+    return tuple(leaf.shape[: len(leaf.shape) - len(shape)])
+
+
+def _matrix(leaf: Leaf, index: int | None, shape: tuple[int, ...]) -> Leaf:
+    """One layer of a leaf, or one expert of one, on the host."""
     if is_on_disk(leaf):
-        return leaf.layer(layer or 0)
-    return jax.tree.map(lambda x: np.asarray(x if layer is None else x[layer]), leaf)
+        return leaf.layer(index or 0)
+    at = () if index is None else tuple(int(i) for i in np.unravel_index(index, _lead(leaf, shape)))
+    return jax.tree.map(lambda x: np.asarray(x[at]), leaf)

@@ -5,6 +5,7 @@ The memory that a few bits save is lost if the backward pass keeps what the forw
 products with the leaf, `Frozen.times`, which a format may carry out as it likes (`peft_jax.quant.kernels`).
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -13,9 +14,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
+from peft_jax.sharding import arrays_like, mesh_of
 from peft_jax.weights import Weight, linear, unembed
+
+
+def placement() -> Any:
+    """The field `Frozen.use`: part of a leaf's type, but nothing that a checkpoint has to agree with."""
+    return dataclasses.field(default=None, metadata={"static": True, "placement": True})
 
 
 class Frozen(Weight):
@@ -24,12 +32,17 @@ class Frozen(Weight):
     A subclass has `codes`, two axes behind the leading ones; the static fields `matrix`, the shape of one layer, and
     `stored`, the dtype that it stands for; and it defines `dequantise`, the array of one layer.  `implementation` says
     which code multiplies by it: see `peft_jax.quant.kernels`.
+
+    `use` says how the matrix ``[in, out]`` is split at the moment it is multiplied by, a PartitionSpec, or None: where
+    a mesh keeps a leaf in more pieces than that (FSDP), its codes and scales are gathered, and not the numbers that
+    they stand for, which the compiler would gather.  `peft_jax.sharding.shard` sets it.
     """
 
     codes: Any
     matrix: Any
     stored: str
     implementation: str = "xla"
+    use: Any = None
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -68,16 +81,24 @@ class Frozen(Weight):
 def _product(x: Array, w: Frozen, transpose: bool) -> Array:
     @jax.custom_vjp
     def product(x: Array, w: Frozen) -> Array:
-        return w.times(x, transpose)
+        return gathered(w).times(x, transpose)
 
     def forth(x: Array, w: Frozen) -> tuple[Array, Frozen]:
         return product(x, w), w
 
     def back(w: Frozen, g: Array) -> tuple[Array, None]:
-        return w.times(g, not transpose), None
+        return gathered(w).times(g, not transpose), None
 
     product.defvjp(forth, back)
     return product(x, w)
+
+
+def gathered(w: Frozen) -> Frozen:
+    """One layer's leaf, its codes and scales in the pieces in which they are used."""
+    mesh = mesh_of(w.codes)
+    if w.use is None or mesh is None:
+        return w
+    return jax.tree.map(jax.lax.with_sharding_constraint, w, arrays_like(w, NamedSharding(mesh, w.use)))
 
 
 def tied(w: Frozen, x: Array) -> Frozen:

@@ -247,6 +247,10 @@ def gptq(
             check(site, leaves[path], name)
             if view_of(leaves[path]) is not None:
                 raise ValueError(f"{'/'.join(path)} is no matrix of its own: use nf4(), int8() or grouped() for it")
+            if site.experts:
+                raise ValueError(
+                    f"{'/'.join(path)} holds experts, whose inputs are not measured: use nf4(), int8() or grouped()"
+                )
             if site.embedding:
                 raise ValueError(f"{'/'.join(path)} is an embedding, which has no inputs: use nf4() or int8() for it")
         base = trees.strip(params)  # what is measured, and rounded on the way

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8, UInt32
 
-from peft_jax.quant.frozen import Frozen, each_layer, refuse_unfinite
+from peft_jax.quant.frozen import Frozen, each_layer, placement, refuse_unfinite
 from peft_jax.weights import static
 
 WORD = 32
@@ -44,6 +44,10 @@ class GroupedInt(Frozen):
     bits: int = static(default=4)
     group_size: int = static(default=32)
     implementation: str = static(default="xla")
+    use: Any = placement()  # noqa: RUF009
+
+    def axes(self) -> dict[str, Any]:
+        return dict.fromkeys(("codes", "step", "zero"), ("in", "out"))
 
     def like(self, array: Array) -> "GroupedInt":
         """Another array, stored as this one is."""

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from peft_jax.quant.frozen import Frozen, each_layer, refuse_unfinite
+from peft_jax.quant.frozen import Frozen, each_layer, placement, refuse_unfinite
 from peft_jax.weights import static
 
 
@@ -29,10 +29,14 @@ class Int8(Frozen):
     absmax: Any
     stored: str = static(default="float32")
     transposed: bool = static(default=True)
+    use: Any = placement()  # noqa: RUF009
 
     @property
     def matrix(self) -> tuple[int, ...]:
         return tuple(self.codes.shape[-2:])
+
+    def axes(self) -> dict[str, Any]:
+        return {"codes": ("in", "out"), "absmax": ("out",) if self.transposed else ("in",)}
 
     def like(self, array: Array) -> "Int8":
         """Another array, stored as this one is."""

@@ -123,7 +123,10 @@ def _principal(w: Array, base: Frozen, rank: int, scale: float) -> tuple[Array, 
         root = jnp.sqrt(s[:rank] / scale)
         return u[:, :rank] * root[None, :], root[:, None] * vt[:rank]
 
-    return jax.lax.map(one, (w, base)) if w.ndim > 2 else one((w, base))
+    each = one
+    for _ in w.shape[:-2]:  # a matrix at a time
+        each = functools.partial(jax.lax.map, each)
+    return each((w, base))
 
 
 @functools.partial(jax.jit, static_argnums=3)

@@ -135,7 +135,8 @@ def _stream(format: Format, base: OnDisk, transposed: bool, bar: Any) -> Leaf:
 
 def _unfinite(site: Site, base: Leaf) -> str:
     """Which layer of a stacked array is not finite, if one is."""
-    if not site.stacked or is_on_disk(base) or isinstance(base, jax.core.Tracer):
+    if not site.lead or is_on_disk(base) or isinstance(base, jax.core.Tracer):
         return ""
-    broken = [name for name, layer in zip(site.names, base, strict=True) if not np.isfinite(np.asarray(layer)).all()]
+    each = base.reshape(-1, *site.matrix_shape(base))
+    broken = [name for name, layer in zip(site.names, each, strict=True) if not np.isfinite(np.asarray(layer)).all()]
     return f", {broken[0]}" if broken else ""

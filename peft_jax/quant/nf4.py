@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
-from peft_jax.quant.frozen import Frozen, each_layer, refuse_unfinite
+from peft_jax.quant.frozen import Frozen, each_layer, placement, refuse_unfinite
 from peft_jax.weights import static
 
 NESTED = 256  # absmax values to a nested block
@@ -91,6 +91,13 @@ class FourBit(Frozen):
     kind: str = static(default="nf4")
     transposed: bool = static(default=True)
     implementation: str = static(default="xla")
+    use: Any = placement()  # noqa: RUF009
+
+    def axes(self) -> dict[str, Any]:
+        if self.codes.shape[-2] != self.matrix[self.transposed]:  # one row of all numbers
+            return {}
+        rows = ("out", "in") if self.transposed else ("in", "out")
+        return {"codes": rows, "absmax": Nested(rows, (None,), ()) if isinstance(self.absmax, Nested) else rows}
 
     def scales(self) -> Float[Array, "rows blocks"]:
         """absmax of one layer, in fp32."""

@@ -44,6 +44,9 @@ class Observed(Weight):
     mask: Any = None
     name: str = static(default="observed")
 
+    def axes(self) -> dict[str, Any]:
+        return {}  # what it measures is shared, and away
+
     def materialise(self) -> Array:
         return materialise(self.base)
 
@@ -125,10 +128,9 @@ def measure(
         slots.setdefault(kind[place.path], []).append(place)
     chosen = {path: site for path, site in sites.items() if kind[path] in slots}
     slot = {
-        path: jnp.array([_index(slots[kind[path]], Place(path, i)) for i in range(len(site.names))], jnp.int32)
+        path: site.arranged([_index(slots[kind[path]], Place(path, i)) for i in range(len(site.names))], jnp.int32)
         for path, site in chosen.items()
     }
-    slot = {path: x if sites[path].stacked else x[0] for path, x in slot.items()}
     blank = {kind[path]: jnp.zeros((len(slots[kind[path]]), *(leaves[path].shape[-2],) * 2)) for path in chosen}
     total, tokens = blank, 0
     for inputs in batches:

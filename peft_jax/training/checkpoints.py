@@ -4,6 +4,9 @@
     <folder>/<step>/manifest/   JSON: what every leaf of the tree was, data position, versions
     <folder>/metrics.jsonl      written by `peft_jax.training.fit`
 
+Of several processes all write, each its own pieces of the arrays, and process 0 the manifest: the directory is one that
+all of them see.  Another number of processes, or another mesh, reads it as well.
+
 A checkpoint is written under another name and renamed when it is complete, so an interrupted save leaves the one before
 it whole.  Restoring needs neither the optimiser's nor the method's init: arrays are created directly from abstract
 trees, in the shardings of the run that asks.  orbax keeps no static fields, and restores into a leaf of another type
@@ -13,7 +16,9 @@ without a word: the manifest is compared first.
 import base64
 import dataclasses
 import importlib.metadata
+import json
 import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path as File
 from typing import Any, NamedTuple
@@ -89,13 +94,16 @@ class Checkpoints:
             state: the run's state.
             frozen: the frozen half of the tree, of which only the types are written.
             position: where the data is, as the iterator's ``get_state`` gives it: bytes, or anything that JSON holds.
+                It is written once, and must mean the same on each of several processes (as `hosts.loader`'s does).
 
         Raises:
             TypeError: if `position` is neither.
+            ValueError: if several processes are at different positions.
         """
         impl = str(jax.random.key_impl(state.key)) if _is_typed(state.key) else None
         manifest = {"format": FORMAT, **describe(state, frozen), "key_impl": impl}
         manifest |= {"position": _encode(position), "versions": _versions()}
+        _agree(manifest["position"])
         args = self._orbax.args
         saved = args.Composite(state=args.StandardSave(_plain(state)), manifest=args.JsonSave(manifest))
         self._manager.save(int(np.max(state.step)), args=saved, force=True)
@@ -129,6 +137,11 @@ def abstract(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
 
+def _like(x: Any, like: Any) -> jax.ShapeDtypeStruct:
+    """An abstract array in the sharding of another: without one, orbax takes that of the devices it was saved from."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=like.sharding)
+
+
 def _on_device(x: Any) -> jax.ShapeDtypeStruct:
     """As `abstract`, never in host memory: arrays that orbax makes there have the type of those on the device."""
     sharding = x.sharding if x.sharding is None else x.sharding.with_memory_kind("device")
@@ -151,7 +164,7 @@ def _plain(state: State) -> dict[str, Any]:
     if _is_typed(state.key):
         data = jax.random.key_data
         concrete = isinstance(state.key, jax.Array)
-        fields["key"] = data(state.key) if concrete else jax.eval_shape(data, state.key)
+        fields["key"] = data(state.key) if concrete else _like(jax.eval_shape(data, state.key), state.key)
     return fields
 
 
@@ -175,6 +188,9 @@ def nodes(tree: Any, prefix: str) -> Iterator[tuple[str, str]]:
             continue
         fields = {f.name: getattr(node, f.name) for f in dataclasses.fields(node)}
         static = [f.name for f in dataclasses.fields(node) if f.metadata.get("static")]
+        for name in (f.name for f in dataclasses.fields(node) if f.metadata.get("placement")):
+            fields.pop(name)  # another mesh may go on with it
+            static.remove(name)
         yield path, f"{type(node).__name__}({', '.join(f'{name}={_static(fields.pop(name))}' for name in static)})"
         for name, value in fields.items():
             yield from nodes(value, f"{path}/{name}") if value is not None else ()
@@ -210,6 +226,20 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found
+
+
+def _agree(position: Any) -> None:
+    """Raises on every process if they are not all at one position, which no other number of them could take up."""
+    if jax.process_count() == 1 or position == {"json": None}:
+        return
+    from jax.experimental import multihost_utils
+
+    mine = np.uint32(zlib.crc32(json.dumps(position, sort_keys=True).encode()))
+    if len(set(np.ravel(multihost_utils.process_allgather(mine)).tolist())) > 1:
+        raise ValueError(
+            "the processes' data iterators are at different positions, which no other number of processes could take "
+            "up: read through hosts.loader, or by step (hosts.batches)"
+        )
 
 
 def _encode(position: Any) -> Any:

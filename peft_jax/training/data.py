@@ -155,9 +155,12 @@ class Batches:
         return _count(self.rows) // self.batch_size
 
     def batch(self, step: int) -> Rows:
+        return self.part(step, np.arange(self.batch_size))
+
+    def part(self, step: int, which: np.ndarray) -> Rows:
+        """The rows `which` of the batch of a step, alone."""
         epoch, index = divmod(step, len(self))
-        start = index * self.batch_size
-        chosen = _order(self.seed, epoch, _count(self.rows))[start : start + self.batch_size]
+        chosen = _order(self.seed, epoch, _count(self.rows))[index * self.batch_size + which]
         return {name: x[chosen] for name, x in self.rows.items()}
 
     def __iter__(self) -> Iterator[Rows]:

@@ -10,6 +10,7 @@ from pathlib import Path as File
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
@@ -77,8 +78,14 @@ def fit(
         metrics: a JSONL file, one line for each dict of the history; by default ``metrics.jsonl`` beside the
             checkpoints.  Lines of steps after the one that the run starts from are dropped.
         evaluate_on, evaluate_every: batches to evaluate on, every so many steps and at the end.
-        callback: called with each dict of the history (for any tracker).
+        callback: called with each dict of the history (for any tracker); by every process of several, in step, with
+            the same numbers but for ``seconds``.
         progress: whether to show a progress bar.
+
+    Of several processes (`peft_jax.hosts`) every one calls `fit` with the same arguments, arrays being global ones
+    (`pj.place`, `hosts.batches`), and gets the same history.  All write the checkpoints, into a directory that all see;
+    process 0 alone writes the metrics and shows the bar.  A run goes on with another number of processes, or another
+    mesh: bit for bit on the same one, and up to the order of sums on another.
 
     Raises:
         FloatingPointError: if a loss, gradient or update is not finite, with the step and the last good checkpoint.
@@ -273,16 +280,20 @@ def _add(totals: dict[str, np.ndarray], scored: list[tuple[Array, Array]] | None
 # -- data -------------------------------------------------------------------------------------------------------------
 
 
-def check_batch(batch: Any, spec: Spec, index: int) -> int:
-    """How many real tokens a batch has; raises if a token or a target that has weight is outside the vocabulary."""
+def check_batch(batch: Any, spec: Spec, index: int) -> int | Array:
+    """How many real tokens a batch has; raises if a token or a target that has weight is outside the vocabulary.
+
+    Of a batch that lies on several processes each checks its own part, and the count is one of all parts, on its way.
+    """
     if not isinstance(batch, Mapping):
         raise TypeError(f"batch {index} is a {type(batch).__name__}: give a dict of arrays (tokens, targets, weights)")
-    host = {name: np.asarray(x) for name, x in batch.items() if getattr(x, "is_fully_addressable", True)}
+    host = {name: _held(x) for name, x in batch.items()}
     try:
-        if "tokens" in host:
-            check_tokens(host["tokens"], spec)
-        if "decoder_tokens" in host:
-            check_tokens(host["decoder_tokens"], dataclasses.replace(spec, positions=spec.decoder_positions))
+        for name, positions in (("tokens", spec.positions), ("decoder_tokens", spec.decoder_positions)):
+            if name in host:
+                whole = jax.ShapeDtypeStruct(np.shape(batch[name]), np.int32)
+                check_tokens(whole, dataclasses.replace(spec, positions=positions, vocab=0))
+                check_tokens(host[name], dataclasses.replace(spec, positions=0))
         if "targets" in host and "weights" in host and host["targets"].shape == host["weights"].shape:
             check_targets(np.where(host["weights"] == 0, 0, host["targets"]), spec)
         if "labels" in host:
@@ -291,8 +302,19 @@ def check_batch(batch: Any, spec: Spec, index: int) -> int:
         raise ValueError(f"batch {index}: {error}") from None
     for name in ("mask", "segments"):
         if name in host:
-            return int(np.count_nonzero(host[name]))
+            return int(np.count_nonzero(host[name])) if _is_whole(batch[name]) else jnp.count_nonzero(batch[name])
     return math.prod(batch["tokens"].shape) if "tokens" in batch else 0
+
+
+def _is_whole(x: Any) -> bool:
+    return bool(getattr(x, "is_fully_addressable", True))
+
+
+def _held(x: Any) -> np.ndarray:
+    """What this process has of an array: all of it, or its pieces one below the other."""
+    if _is_whole(x) or x.is_fully_replicated:
+        return np.asarray(x)
+    return np.concatenate(list({str(shard.index): np.asarray(shard.data) for shard in x.addressable_shards}.values()))
 
 
 def check_targets(targets: np.ndarray, spec: Spec) -> None:
@@ -325,7 +347,7 @@ class Data:
         self.taken += 1
         return batch
 
-    def check(self, batch: Any, spec: Spec, step: int) -> int:
+    def check(self, batch: Any, spec: Spec, step: int) -> int | Array:
         return check_batch(batch, spec, step)
 
     def position(self) -> Any:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from peft_jax.core import Forward, Inputs, Params, Ports
+from peft_jax.sharding import mesh_of
 
 Batch = Mapping[str, Any]
 Loss = Callable[[Forward, Params, Batch, Ports], tuple[Array, Array]]
@@ -161,8 +162,13 @@ def _over_tokens(
     chunks = math.ceil(time / chunk)
     chunk = math.ceil(time / chunks)
 
+    mesh = mesh_of(features)
+    spread = mesh is not None and mesh.shape.get("sequence", 1) > 1
+
     def split(x: Array) -> Array:
         x = jnp.pad(x, [(0, 0), (0, chunks * chunk - time)] + [(0, 0)] * (x.ndim - 2))
+        if spread:  # a chunk takes some positions from every device, which then moves none
+            return jnp.moveaxis(x.reshape(rows, chunk, chunks, *x.shape[2:]), 2, 0)
         return jnp.swapaxes(x.reshape(rows, chunks, chunk, *x.shape[2:]), 0, 1)
 
     def score(shared: Any, features: Array, targets: Array, weights: Array) -> Array:

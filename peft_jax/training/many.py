@@ -315,9 +315,8 @@ class _DataOfEach(Data):
         return {k: np.stack([batch[k] for batch in taken.values()]) for k in like}
 
     def check(self, batch: Any, spec: Spec, step: int) -> int:
-        return sum(
-            super(_DataOfEach, self).check({k: x[i] for k, x in batch.items()}, spec, step) for i in range(len(self.of))
-        )
+        check = super().check
+        return sum(int(check({k: x[i] for k, x in batch.items()}, spec, step)) for i in range(len(self.of)))
 
     def position(self) -> Any:
         each = [data.position() for data in self.of.values()]

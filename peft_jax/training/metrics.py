@@ -34,7 +34,7 @@ class Log:
         self.file = open(metrics, "a", encoding="utf-8") if metrics is not None and first else None  # noqa: SIM115
         self.bar = tqdm(total=steps, initial=start, unit="step", disable=not (progress and first), dynamic_ncols=True)
         self.callback = callback
-        self.pending: tuple[int, int, dict[str, Array]] | None = None  # step, tokens, what the step measured
+        self.pending: tuple[int, int | Array, dict[str, Array]] | None = None  # step, tokens, what the step measured
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -44,8 +44,8 @@ class Log:
         """Reads the numbers of the pending step, if there is one: waits for it, and raises if they are not finite."""
         if self.pending is None:
             return
-        (step, tokens, measured), self.pending = self.pending, None
-        numbers = jax.device_get(measured)
+        (step, counted, measured), self.pending = self.pending, None
+        numbers, tokens = jax.device_get(measured), int(counted)
         good = "no checkpoint was saved"
         if store is not None and store.latest is not None:
             good = f"the last good checkpoint is {store.path(store.latest)}"

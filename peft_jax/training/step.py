@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from peft_jax.core import Forward, Params, Ports
+from peft_jax.on_disk import put
 from peft_jax.training.losses import Batch, Loss, next_token
 from peft_jax.training.paging import fetch, is_paged, put_back
 from peft_jax.trees import Optimiser, apply_updates, combine, partition, transformation, weights
@@ -109,7 +110,7 @@ def _spread(state: State) -> State:
     if not meshes:
         return state
     everywhere = jax.NamedSharding(meshes[0], jax.P())
-    onto = lambda x: x if isinstance(x.sharding, jax.NamedSharding) else jax.device_put(x, everywhere)  # noqa: E731
+    onto = lambda x: x if isinstance(x.sharding, jax.NamedSharding) else put(x, everywhere)  # noqa: E731
     return jax.tree.map(onto, state)
 
 

@@ -22,7 +22,10 @@ def inputs_of(model: Any) -> Any:
     return Inputs(TOKENS, decoder_tokens=TARGETS) if model.forward.spec.attentions else TOKENS
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "bert", "deberta", "t5", "bart"])
+FAMILIES = ["llama", "qwen3", "gemma2", "gemma3", "mixtral", "qwen3_moe", "gpt2", "bert", "deberta", "t5", "bart"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_checkpoint_gives_the_logits_of_transformers(family: str) -> None:
     model = models.load(HERE / family, head="classification" if family in ("bert", "deberta") else None)
     expected = GOLDEN[f"{family}.logits"]

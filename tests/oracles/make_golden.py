@@ -35,6 +35,16 @@ LONG = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_p
 MODELS = {
     "llama": (tf.AutoModelForCausalLM, tf.LlamaConfig(**DECODER, rope_parameters=LONG)),
     "qwen3": (tf.AutoModelForCausalLM, tf.Qwen3Config(**DECODER, head_dim=8, tie_word_embeddings=True)),
+    "gemma2": (tf.AutoModelForCausalLM, tf.Gemma2Config(**DECODER, head_dim=4, sliding_window=4)),
+    "gemma3": (tf.AutoModelForCausalLM, tf.Gemma3TextConfig(**DECODER, head_dim=4, sliding_window=4)),
+    "mixtral": (
+        tf.AutoModelForCausalLM,
+        tf.MixtralConfig(**DECODER, num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
+    ),
+    "qwen3_moe": (
+        tf.AutoModelForCausalLM,
+        tf.Qwen3MoeConfig(**DECODER, head_dim=4, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8),
+    ),
     "gpt2": (tf.AutoModelForCausalLM, tf.GPT2Config(**WORDS, n_embd=16, n_layer=2, n_head=4, n_positions=32)),
     "bert": (tf.AutoModelForSequenceClassification, tf.BertConfig(**ENCODER, num_labels=3)),
     "deberta": (

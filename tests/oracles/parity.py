@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 import torch
-from oracles.torch_models import family, fill, numbers, ours, pair, torch_logits
+from oracles.torch_models import family, fill, numbers, on_disk, ours, pair, torch_logits
 
 from peft_jax import Forward, Inputs
 
@@ -61,7 +61,7 @@ def check_gradients(config: Any, variants: bool = False) -> None:
     tokens = tokens_for(config, rows=2)
     probe = np.random.default_rng(2).normal(size=(*tokens.shape, config.vocab_size)).astype(np.float32)
     (model(torch.tensor(tokens).long()).logits * torch.tensor(probe)).sum().backward()
-    wanted = {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
+    wanted = on_disk(model, {name: parameter.grad for name, parameter in model.named_parameters()})
 
     def gradients(params: Any, forward: Forward) -> Any:
         return compiled(jax.grad(lambda p: (forward(p, tokens) * probe).sum()))(params)

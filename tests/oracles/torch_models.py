@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
+from transformers.core_model_loading import revert_weight_conversion
 
 from peft_jax import Forward
 from peft_jax.models import families
@@ -33,15 +34,26 @@ def torch_model(config: Any, seed: int = 0) -> torch.nn.Module:
 
 
 def numbers(model: torch.nn.Module) -> dict[str, np.ndarray]:
-    return {name: tensor.detach().numpy().copy() for name, tensor in model.state_dict().items()}
+    return on_disk(model, model.state_dict())
+
+
+def on_disk(model: Any, named: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """A model's tensors by the names it saves them under: transformers fuses what its files hold expert by expert."""
+    if any(".experts." in name for name in named):
+        named = revert_weight_conversion(model, named)
+    return {name: tensor.detach().numpy().copy() for name, tensor in named.items()}
 
 
 def fill(table: tuple[Tensor, ...], named: dict[str, np.ndarray], abstract: Any, layers: int, scan: bool) -> Any:
     """Our tree, from a family's table of tensors and arrays by their source names.  Also fits gradients."""
     flat: dict[tuple[str, ...], jax.Array] = {}
     for tensor in table:
-        sources = [tensor.source.format(layer=i) for i in range((tensor.layers or layers) if tensor.layered else 1)]
-        arrays = [named[source].T if tensor.transpose else named[source] for source in sources]
+        own = range((tensor.layers or layers) if tensor.layered else 1)
+        arrays = []
+        for i in own:
+            sources = [tensor.source.format(layer=i, expert=e) for e in range(tensor.experts or 1)]
+            mine = [named[source].T if tensor.transpose else named[source] for source in sources]
+            arrays.append(np.stack(mine) if tensor.experts else mine[0])
         pieces = [np.split(array, len(tensor.paths), axis=-1) for array in arrays]
         for i, path in enumerate(tensor.paths):
             mine = [piece[i] for piece in pieces]

@@ -27,6 +27,9 @@ tied heads      one leaf here, whose adapter acts on the look-up and the head.  
                 ``ensure_weight_tying``, which keeps them tied in HF PEFT too.  An adapter of one half alone, or with
                 DoRA, raises: untie the model.
 
+experts         a module each, ``….experts.5.gate_proj.lora_A``, as before transformers 5 fused them: HF PEFT turns
+                those into ``target_parameters`` as it loads them, if gate and up have one rank.  What it saves of them
+                itself (``target_parameters``) is refused, as is all but LoRA on them, which it has not.
 prompts         see `prompts`: one tensor.  A tree with a prompt and a LoRA is saved as two adapters.
 
 A tree knows scales, not α nor the rate of dropout: α is the simplest number that gives the scale bit for bit, and the

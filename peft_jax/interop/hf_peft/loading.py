@@ -9,8 +9,8 @@ from peft_jax.core import Forward, Params
 from peft_jax.interop.hf_peft import adalora, files, lora, prompts, vera, whole
 from peft_jax.interop.hf_peft import config as configs
 from peft_jax.interop.hf_peft.contract import compare, draw_up
-from peft_jax.interop.hf_peft.kinds import Found
-from peft_jax.interop.hf_peft.names import names_of, refuse_copies, refuse_unreached
+from peft_jax.interop.hf_peft.kinds import Config, Found, Kind
+from peft_jax.interop.hf_peft.names import names_of, refuse_copies, refuse_experts, refuse_unreached
 
 KINDS = {kind.peft_type: kind for kind in (adalora.KIND, vera.KIND, lora.KIND)}  # the last holds what no other does
 
@@ -61,6 +61,11 @@ def load(
     modules = list(contract.adapted)
     refuse_copies([*modules, *(source.module for source in contract.whole.values())], str(folder))
     refuse_unreached(modules, str(folder))
+    spec = model.forward.spec
+    refuse_experts([part.path for source in contract.whole.values() for part in source.parts], spec, "whole modules")
+    if other := _beyond_lora(kind, config):
+        mine = [names.matrices[module] for module in modules if module not in names.tied]
+        refuse_experts([part.path for source in mine for part in source.parts], spec, other)
     compare(tensors, contract, names, model.params, config, where)
 
     trees.claim(name, model.params)
@@ -69,3 +74,11 @@ def load(
     params, forward = whole.put(model.params, model.forward, beside, tensors, config, name)
     found = Found(config, tensors, names, modules, name, dtype, where, {"foreign_projection": foreign_projection})
     return kind.adapt(params, found), kind.wrap(found)(forward)
+
+
+def _beyond_lora(kind: Kind, config: Config) -> str:
+    """What makes an adapter more than plain LoRA, or ""."""
+    if kind is not lora.KIND:
+        return kind.peft_type
+    start = config.get("init_lora_weights")
+    return str(start) if start in lora.RESIDUAL_STARTS else next(filter(config.get, ("use_dora", "use_qalora")), "")

@@ -197,13 +197,14 @@ def _divide(one: Adapter, source: Source) -> list[Adapter]:
 
 def _low_rank(leaf: Leaf, mine: Mapping[int | None, Adapter], group: int, name: str, dtype: Any) -> Leaf:
     """The leaf of a module, or of its layers: those without an adapter have rank 0."""
-    layers: list[int | None] = [None] if None in mine else list(range(leaf.shape[0]))
+    lead = leaf.shape[:-2]
+    layers: list[int | None] = list(range(math.prod(lead))) if lead else [None]
     dtype = dtype or np.result_type(*(x.dtype for one in mine.values() for x in (one.a, one.b)))
     rank = max(one.a.shape[1] for one in mine.values())
     ranks = tuple(mine[layer].a.shape[1] if layer in mine else 0 for layer in layers)
 
     def stack(arrays: Mapping[int | None, np.ndarray], shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        return stacked(arrays, layers, shape, dtype)
+        return stacked(arrays, layers, shape, dtype).reshape((*lead, *shape))
 
     inputs, outputs = leaf.shape[-2:]
     scale = stack({layer: np.asarray(one.scale) for layer, one in mine.items()}, (), np.float32)
@@ -222,7 +223,7 @@ def _low_rank(leaf: Leaf, mine: Mapping[int | None, Adapter], group: int, name: 
     if not magnitudes:
         return LoRA(base, a, b, scale, ranks=ranks, name=name)
     inner = LoRA(base, a, b, scale, ranks=ranks, name=f"{name}.lora")
-    active = jnp.array([r > 0 for r in ranks] if None not in mine else ranks[0] > 0)
+    active = jnp.array([r > 0 for r in ranks]).reshape(lead)
     magnitude = stack(magnitudes, (outputs,), np.float32)
     if not all(ranks):
         magnitude = jnp.where(active[..., None], magnitude, column_norms(materialise(leaf)))

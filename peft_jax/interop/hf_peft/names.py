@@ -103,6 +103,13 @@ def refuse_unreached(modules: Collection[str], where: str) -> None:
             )
 
 
+def refuse_experts(paths: Collection[Path], spec: Spec, what: str) -> None:
+    """Raises where `what` acts on experts, of which HF PEFT knows plain LoRA alone."""
+    for path in paths:
+        if spec.experts(path):
+            raise ValueError(f"{'/'.join(path)} holds experts, on which HF PEFT has plain LoRA alone, not {what}")
+
+
 def _from_table(params: Params, spec: Spec) -> dict[str, Source]:
     tree = trees.leaves(params)
     made, sources = plan(params, spec.tensors, spec.layers, any(map(spec.stacked, tree))), {}

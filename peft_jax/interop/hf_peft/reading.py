@@ -107,7 +107,7 @@ def read_leaf(path: Path, leaf: Leaf) -> Read:
         magnitude, leaf = np.atleast_2d(np.asarray(leaf.magnitude)), leaf.base
     while type(leaf) in (LoRA, DyLoRA, Residual, QALoRA):
         leaf = shorten(leaf) if isinstance(leaf, DyLoRA) else leaf
-        scale = np.atleast_1d(np.asarray(leaf.scale, np.float32))
+        scale = np.asarray(leaf.scale, np.float32).reshape(-1)
         a, b = (np.asarray(x).reshape(len(scale), *x.shape[-2:]) for x in (leaf.a, leaf.b))
         group = leaf.group_size if isinstance(leaf, QALoRA) else 0
         if group:

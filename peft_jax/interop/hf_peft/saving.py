@@ -11,8 +11,9 @@ from peft_jax.core import Forward, Params
 from peft_jax.interop.hf_peft import config as configs
 from peft_jax.interop.hf_peft import files, lora, prompts, whole
 from peft_jax.interop.hf_peft.loading import KINDS
-from peft_jax.interop.hf_peft.names import Names, names_of, refuse_copies, refuse_unreached
+from peft_jax.interop.hf_peft.names import Names, names_of, refuse_copies, refuse_experts, refuse_unreached
 from peft_jax.interop.hf_peft.reading import one_of_a_stack, refuse_holes
+from peft_jax.methods.lora import LoRA
 from peft_jax.models.families import spec_of
 
 
@@ -61,7 +62,12 @@ def save(
     if isinstance(params, Mapping) and params.get("ports"):
         return _save_port(File(directory), params, forward, task_type, base_model_name_or_path)
     refuse_holes(params)
-    names = names_of(params, spec_of(params) if forward is None else forward.spec)
+    spec = spec_of(params) if forward is None else forward.spec
+    names = names_of(params, spec)
+    for path, leaf in trees.leaves(params).items():
+        for w in trees.weights(leaf):
+            if w.trains and not isinstance(w, LoRA):
+                refuse_experts([path], spec, type(w).__name__)
     kind = next(kind for kind in KINDS.values() if any(map(kind.holds, trees.leaves(params).values())))
     held = kind.read(params, names)
     adapted, bases = held.adapted, held.bases
