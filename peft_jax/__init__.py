@@ -4,6 +4,7 @@ from peft_jax import adapters as adapters
 from peft_jax import arithmetic as arithmetic
 from peft_jax import methods as methods
 from peft_jax import trees as trees
+from peft_jax.bridge import bridge
 from peft_jax.core import Forward, Inputs, Method, Ports, Spec, chain
 from peft_jax.trees import (
     apply_updates,
@@ -32,6 +33,7 @@ __all__ = [
     "Spec",
     "Weight",
     "apply_updates",
+    "bridge",
     "chain",
     "combine",
     "count",

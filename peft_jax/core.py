@@ -83,7 +83,8 @@ class Spec:
 
     `names(path)` gives the source model's own names for a leaf (``model.layers.3.self_attn.q_proj``), one for each
     matrix of a stacked leaf; `stacked(path)` says whether the leaf's first axis is layers, `experts(path)` how many
-    experts its next axis counts, 0 where it has none.  `tensors` is the source
+    experts its next axis counts, 0 where it has none, and `looked_up(path)` whether it is a table whose rows are looked
+    up.  `tensors` is the source
     checkpoint's table (`peft_jax.models.tensors.Tensor`), empty where there is none; `tied` lists the source's modules
     that reuse an embedding's table, each with that embedding: ``("lm_head", "model.embed_tokens")``.  `embedding` is
     where the tokens' embedding lies, and `embedding_scale` what the model multiplies its rows by; `positions` is what
@@ -109,6 +110,7 @@ class Spec:
     names: Callable[[Path], tuple[str, ...]] = dotted
     stacked: Callable[[Path], bool] = lambda path: False
     experts: Callable[[Path], int] = lambda path: 0
+    looked_up: Callable[[Path], bool] = lambda path: path[-1] == "embedding"
     tensors: tuple[Any, ...] = ()
     tied: tuple[tuple[str, str], ...] = ()
     embedding: Path = ()
@@ -143,7 +145,7 @@ class Forward:
     def rewritten(self, rewrite: Rewrite) -> "Forward":
         """The same model, with `rewrite(params, ports)` applied before each call: what a `Method.wrap` is made of."""
 
-        def features(params: Params, inputs: Inputs, ports: Ports) -> Any:
+        def features(params: Params, inputs: Any, ports: Ports) -> Any:
             params, ports = rewrite(params, ports)
             return self.features(params, inputs, ports)
 
@@ -151,7 +153,7 @@ class Forward:
             params, ports = rewrite(params, ports)
             return self.head(params, features, ports)
 
-        return Forward(features, head, self.spec)
+        return dataclasses.replace(self, features=features, head=head)
 
 
 def as_inputs(inputs: Any) -> Inputs:

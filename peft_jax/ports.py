@@ -70,7 +70,7 @@ def behind(forward: Forward, rows: int, decoder_rows: int = 0) -> Forward:
         positions=spec.positions - rows if spec.positions else 0,
         decoder_positions=spec.decoder_positions - decoder_rows if spec.decoder_positions else 0,
     )
-    return Forward(forward.features, forward.head, left)
+    return dataclasses.replace(forward, spec=left)
 
 
 def key_of(key: Array, name: str) -> Array:

@@ -19,6 +19,7 @@ from jaxtyping import Array, PyTree
 
 from peft_jax import on_disk
 from peft_jax.core import Forward, Params, Path, Spec
+from peft_jax.views import View, view_of
 from peft_jax.weights import Leaf, Weight, base_of, innermost, is_weight, materialise, numbers
 
 # Top-level entries that methods add: what belongs to ports, and what layers share.  They are not the model's, and never
@@ -91,6 +92,7 @@ class Site(NamedTuple):
     chosen    which of those are meant
     stacked   whether the leaf's first axis is layers
     experts   how many experts the next axis counts, 0 where there is none
+    embedding whether it is a table whose rows are looked up
     """
 
     path: Path
@@ -98,6 +100,7 @@ class Site(NamedTuple):
     chosen: tuple[bool, ...]
     stacked: bool
     experts: int = 0
+    embedding: bool = False
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -108,10 +111,6 @@ class Site(NamedTuple):
     def arranged(self, values: Sequence[Any], dtype: Any = None) -> Array:
         """Something of every name, on the leaf's leading axes."""
         return jnp.array(values, dtype).reshape(self.lead)
-
-    @property
-    def embedding(self) -> bool:
-        return self.path[-1] == "embedding"
 
     def keys(self, key: Array, method: str) -> Array:
         """A key for each name, from names alone: ``fold_in`` of crc32(method), crc32(canonical name), layer index.
@@ -148,12 +147,14 @@ def _draw(keys: Array, sample: Callable[..., Array], args: tuple[Any, ...]) -> A
 def site(path: Path, spec: Spec) -> Site:
     """A leaf's names, all layers chosen."""
     names = spec.names(path)
-    return Site(path, names, (True,) * len(names), spec.stacked(path), spec.experts(path))
+    return Site(path, names, (True,) * len(names), spec.stacked(path), spec.experts(path), spec.looked_up(path))
 
 
 def is_matrix(site: Site, leaf: Leaf) -> bool:
-    """Whether `linear`, `embed` and `unembed` apply to a leaf: a kernel or an embedding of two axes, layers apart."""
-    return site.path[-1] in ("kernel", "embedding") and len(site.matrix_shape(leaf)) == 2
+    """Whether `linear`, `embed` and `unembed` apply to a leaf: a kernel or an embedding of two axes, layers apart, or
+    what is seen as one (`peft_jax.views`)."""
+    named = site.path[-1] in ("kernel", "embedding") or view_of(leaf) is not None
+    return named and len(site.matrix_shape(leaf)) == 2
 
 
 def select(
@@ -180,7 +181,7 @@ def select(
         matches = pattern if callable(pattern) else re.compile(pattern).search
     except re.error as error:
         raise ValueError(f"the pattern {pattern!r} is not a regular expression: {error}") from error
-    found, offered = dict[Path, Site](), list[str]()
+    found, offered, others = dict[Path, Site](), list[str](), list[str]()
     for path, leaf in leaves(params).items():
         here = site(path, forward.spec)
         if adaptable(here, leaf):
@@ -189,8 +190,11 @@ def select(
             chosen = tuple(bool(matches(name)) and within for name, within in zip(here.names, inside, strict=True))
             if any(chosen):
                 found[path] = here._replace(chosen=chosen)
+        elif len(leaf.shape) > 2 and any(map(matches, here.names)):
+            others.append(f"{here.names[0]} of shape {tuple(leaf.shape)}")
     if not found:
-        raise ValueError(_nothing_matched(pattern, offered, layers))
+        hint = f"; {others[0]} is no matrix unless forward.traced(params, inputs) sees it as one" if others else ""
+        raise ValueError(_nothing_matched(pattern, offered, layers) + hint)
     return found
 
 
@@ -412,18 +416,21 @@ def merge(params: Params) -> Params:
         raise ValueError(f"ports/{name} acts beside the weights and cannot be merged into them: keep the adapter")
 
     def each(path: Path, leaf: Leaf) -> Leaf:
+        if isinstance(leaf, View):
+            return leaf if leaf.packed else materialise(leaf.base)
         try:
             return _merged(on_disk.read(leaf)) if is_weight(leaf) and hasattr(leaf, "base") else leaf
         except ValueError as error:
             raise ValueError(f"{'/'.join(path)}: {error}") from None
 
     merged = map_leaves(each, share(params))
-    return {k: v for k, v in merged.items() if k not in ADDED} if isinstance(merged, Mapping) else merged
+    return without_added(merged)
 
 
 @jax.jit
 def _merged(leaf: Weight) -> Leaf:
-    return leaf.merged()
+    view = view_of(leaf)
+    return leaf.merged() if view is None else view.over(leaf.merged())
 
 
 def strip(params: Params) -> Params:
@@ -437,10 +444,18 @@ def strip(params: Params) -> Params:
         found = innermost(leaf)
         if hasattr(found, "base"):
             raise ValueError(f"{'/'.join(path)} was changed without keeping its base: nothing is left to strip to")
-        return found
+        view = view_of(leaf)
+        return found if view is None or not is_weight(found) else view.over(found)
 
     bare = map_leaves(bottom, params)
-    return {k: v for k, v in bare.items() if k not in ADDED} if isinstance(bare, Mapping) else bare
+    return without_added(bare)
+
+
+def without_added(params: Params) -> Params:
+    """The model's own part of a tree."""
+    if not isinstance(params, Mapping) or not any(name in params for name in ADDED):
+        return params
+    return {name: value for name, value in params.items() if name not in ADDED}
 
 
 def set_scale(params: Params, scale: float, name: str | None = None) -> Params:

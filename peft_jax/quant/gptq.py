@@ -34,6 +34,7 @@ from peft_jax.quant.grouped import Format, GroupedInt, fit_range, grouped, pack
 from peft_jax.quant.method import check
 from peft_jax.quant.observe import Place, as_calibration, gram, measure
 from peft_jax.trees import Pattern, Site, layer_of
+from peft_jax.views import view_of
 from peft_jax.weights import Leaf, materialise, rebase
 
 # -- one matrix -------------------------------------------------------------------------------------------------------
@@ -244,6 +245,8 @@ def gptq(
         leaves = trees.leaves(params)
         for path, site in found.items():
             check(site, leaves[path], name)
+            if view_of(leaves[path]) is not None:
+                raise ValueError(f"{'/'.join(path)} is no matrix of its own: use nf4(), int8() or grouped() for it")
             if site.experts:
                 raise ValueError(
                     f"{'/'.join(path)} holds experts, whose inputs are not measured: use nf4(), int8() or grouped()"

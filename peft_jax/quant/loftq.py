@@ -25,6 +25,7 @@ from peft_jax.on_disk import is_on_disk
 from peft_jax.quant.frozen import Frozen
 from peft_jax.quant.method import Format, check
 from peft_jax.trees import Pattern, Site
+from peft_jax.views import View
 from peft_jax.weights import Leaf, is_weight, materialise
 
 
@@ -79,7 +80,8 @@ def loftq(
                 return leaf
             site, where = found[path], "/".join(path)
             check(site, leaf, name)
-            leaf = materialise(leaf) if is_on_disk(leaf) else leaf
+            view = leaf if isinstance(leaf, View) else None
+            leaf = materialise(leaf) if is_on_disk(leaf) or view is not None else leaf
             if is_weight(leaf):
                 raise ValueError(f"{where} is adapted already: begin with loftq, and adapt what it makes")
             if rank > min(site.matrix_shape(leaf)):
@@ -89,7 +91,7 @@ def loftq(
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from None
             begun[path] = a, b
-            return base
+            return base if view is None else view.over(base)
 
         def start(key: Array, site: Site, leaf: Leaf, rank: int, scale: Array, name: str) -> tuple[Array, Array]:
             return begun[site.path]

@@ -9,10 +9,11 @@ import numpy as np
 from jaxtyping import Array
 
 from peft_jax import trees
-from peft_jax.core import Forward, Method, Params
+from peft_jax.core import Forward, Method, Params, Path
 from peft_jax.on_disk import OnDisk, is_on_disk, stacked
 from peft_jax.quant.frozen import Frozen
 from peft_jax.trees import Pattern, Site
+from peft_jax.views import view_of
 from peft_jax.weights import Leaf, Unfrozen, Weight, innermost, is_weight, materialise, rebase
 
 
@@ -75,8 +76,14 @@ def dequantise(params: Params) -> Params:
     >>> quant.dequantise(params)["kernel"].shape
     (64, 64)
     """
-    plain = lambda w: jax.jit(materialise)(w) if isinstance(w, Frozen) else w  # noqa: E731
-    return trees.map_leaves(lambda path, leaf: rebase(leaf, plain), params)
+
+    def each(path: Path, leaf: Leaf) -> Leaf:
+        if not isinstance(innermost(leaf), Frozen):
+            return leaf
+        view, plain = view_of(leaf), jax.jit(materialise)
+        return rebase(leaf, plain if view is None else lambda w: view.over(plain(w)))
+
+    return trees.map_leaves(each, params)
 
 
 def _store(format: Format, site: Site | None, leaf: Leaf, name: str, bar: Any) -> Leaf:
@@ -88,7 +95,9 @@ def _store(format: Format, site: Site | None, leaf: Leaf, name: str, bar: Any) -
         if is_on_disk(base):
             packed = _stream(format, base, not site.embedding, bar)
         else:
-            packed = format.quantise(base, transposed=not site.embedding)
+            view = view_of(leaf)  # its matrix is what is stored, and the view stays: it knows the shape
+            matrix = base if view is None else jax.jit(materialise)(view)
+            packed = format.quantise(matrix, transposed=not site.embedding)
     except ValueError as error:
         raise ValueError(f"{where}{_unfinite(site, base)}: {error}") from None
     return rebase(leaf, lambda _: packed)

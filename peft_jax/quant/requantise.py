@@ -10,6 +10,7 @@ from peft_jax import trees
 from peft_jax.core import Params, Path
 from peft_jax.quant.frozen import Frozen
 from peft_jax.quant.method import Format
+from peft_jax.views import view_of
 from peft_jax.weights import Leaf, innermost, is_weight, materialise
 
 
@@ -57,16 +58,17 @@ def requantise(params: Params, format: Format | None = None) -> tuple[Params, di
             return leaf
         where = "/".join(path)
         merged = jax.jit(lambda leaf: leaf.merged())(leaf)
+        view = view_of(leaf)
         if isinstance(merged, Frozen) and format is None:
             errors[where] = jnp.zeros(merged.lead)
-            return merged
+            return merged if view is None else view.over(merged)
         base, wide = innermost(leaf), jax.jit(materialise)(merged)
         try:
             small = base.like(wide) if format is None else format.quantise(wide, transposed=_transposed(base))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
         errors[where] = error_of(small, wide)
-        return small
+        return small if view is None else view.over(small)
 
     return trees.merge(trees.map_leaves(store, filled)), errors
 
