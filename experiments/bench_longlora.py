@@ -207,7 +207,8 @@ def report(result: dict[str, Any]) -> str:
         f"From {first:,} to {last:,} tokens ({last // first}x) temporaries grow {grown['longlora']:.1f}x with",
         f"LongLoRA, {grown['lora']:.1f}x with LoRA, and {grown['plain']:.0f}x with plain attention.",
     ]
-    return "\n".join(lines) + f"\n{' '.join(said)}\n\n{provenance.origin(result)}"
+    picture = f"![Time and memory by length](experiments/results/{PICTURE.name})"
+    return "\n".join(lines) + f"\n{' '.join(said)}\n\n{picture}\n\n{provenance.origin(result)}"
 
 
 def plot(result: dict[str, Any], path: Path) -> None:

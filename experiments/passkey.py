@@ -25,7 +25,6 @@ TASK = (
 )
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 QUESTION = "What is the pass key? The pass key is"
-STEP = 16  # letters by which a filler is shortened until it fits
 LONGEST = 8  # tokens of an answer
 
 
@@ -50,12 +49,23 @@ def ask(tokenizer: Any, length: int, seed: int) -> Asked:
     Raises:
         ValueError: if not even the shortest does.
     """
-    for letters in range(6 * length, STEP, -STEP):
+
+    def fitting(letters: int) -> Asked | None:
         prompt, number = text(letters, seed)
         ids, whole = tokenizer([prompt, f"{prompt} {number}"])["input_ids"]
-        if len(whole) <= length:
-            return Asked(ids, whole[len(ids) :])
-    raise ValueError(f"a question takes more than {length} tokens by itself: ask for a longer text")
+        return Asked(ids, whole[len(ids) :]) if len(whole) <= length else None
+
+    low, high = 1, 8 * length  # letters: the first fit, the last do not
+    best = fitting(low)
+    if best is None:
+        raise ValueError(f"a question takes more than {length} tokens by itself: ask for a longer text")
+    while high - low > 1:
+        middle = (low + high) // 2
+        if found := fitting(middle):
+            low, best = middle, found
+        else:
+            high = middle
+    return best
 
 
 def accuracy(forward: Forward, params: Params, tokenizer: Any, length: int, seeds: range | list[int]) -> float:
