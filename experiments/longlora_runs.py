@@ -3,7 +3,14 @@
 SmolLM2-135M knows 8,192 positions.  They are divided by 4 (position interpolation: 32,768 positions), which breaks the
 model at every length; it is then fine-tuned on stretches of the first 100 chapters of Moby-Dick, and measured with full
 attention, at its original cost, on the last ones: `training.perplexity`, in windows that begin 256 tokens apart, and
-`experiments.passkey`.  Rates were chosen on chapters 101 to 110, with another seed, before any table was run.
+`experiments.passkey`.  So what is measured is recovery: texts beyond the model's own 8,192 tokens are more than two CPU
+cores can train on.
+
+Rates were looked for on chapters 101 to 110, with another seed, before a table was run.  Untrained, the perplexity there
+is 224.  LoRA has 209 after 10 steps at 1e-3; 232 after 10 and 166 after 20 at 3e-3; and diverges at 1e-2.  With norms
+it has 199 and 182 at 5e-3, with norms and embedding 215 after 10 at 3e-4, and full fine-tuning 203 after 10 at 3e-4.
+LoRA and norms learn at 2e-3 in all rows, matrices that train whole at 3e-4.  The paper has one rate, 2e-5, and 1,000
+steps.
 
 Seeds vary what is drawn for LoRA, the stretches, and the passkeys.  Every stretch is as long as the text that attention
 is meant for; a group is a quarter of it.
@@ -54,14 +61,14 @@ class Settings:
     alpha: float = 16.0
     group: float = 1 / 4
     length: int = 256
-    steps: int = 12
-    warmup: int = 3
-    rate: float = 3e-3
-    full_rate: float = 1e-3  # where every weight trains
+    steps: int = 40
+    warmup: int = 4
+    rate: float = 2e-3  # of LoRA and norms
+    whole_rate: float = 3e-4  # of matrices that train whole
     clip: float = 1.0
-    windows: tuple[int, ...] = (256, 512)
+    windows: tuple[int, ...] = (256, 512, 1024)
     stride: int = 256
-    evaluated: int = 768  # tokens
+    evaluated: int = 1024  # tokens
     asked: tuple[int, ...] = (256, 512)
     questions: int = 5
 
@@ -107,12 +114,20 @@ def method_of(s: Settings, row: Row) -> Method:
 
 
 @functools.lru_cache(maxsize=1)
-def compiled(forward: Forward, s: Settings, trains: str, attention: str) -> tuple[Any, Step]:
+def compiled(task: Task, s: Settings, trains: str, attention: str) -> tuple[Any, Step]:
     """What the seeds of a row share.  AdamW with the paper's β and no decay, constant after a warm-up."""
-    rate = s.full_rate if trains == "full" else s.rate
-    tx = optax.adamw(optax.linear_schedule(0.0, rate, s.warmup), b2=0.95, weight_decay=0.0)
-    forward = method_of(s, Row("", trains, attention)).wrap(forward)
-    return tx, training.make_step(forward, tx, functools.partial(training.next_token, chunk=s.length), clip=s.clip)
+    method = method_of(s, Row("", trains, attention))
+    tx = adamw(s, s.whole_rate if trains == "full" else s.rate)
+    if "embed" in (PARTS.get(trains) or ""):
+        params = jax.eval_shape(lambda p: method.init(jax.random.key(0), p, task.longer), task.model.params)
+        labels = pj.labels(pj.partition(params)[0], task.longer, {"whole": "embed"})
+        tx = optax.partition({"whole": adamw(s, s.whole_rate), "rest": tx}, labels)
+    loss = functools.partial(training.next_token, chunk=s.length)
+    return tx, training.make_step(method.wrap(task.longer), tx, loss, clip=s.clip)
+
+
+def adamw(s: Settings, rate: float) -> optax.GradientTransformation:
+    return optax.adamw(optax.linear_schedule(0.0, rate, s.warmup), b2=0.95, weight_decay=0.0)
 
 
 class Learnt(NamedTuple):
@@ -126,7 +141,7 @@ class Learnt(NamedTuple):
 def learn(task: Task, s: Settings, trains: str, attention: str, seed: int) -> Learnt:
     method, key, random = method_of(s, Row("", trains, attention)), jax.random.key(seed), np.random.default_rng(seed)
     params = method.init(key, task.model.params, task.longer)
-    tx, step = compiled(task.longer, s, trains, attention)
+    tx, step = compiled(task, s, trains, attention)
     state, frozen = training.init_state(params, tx, key)
     starts = random.integers(0, len(task.text) - s.length, s.steps)
 

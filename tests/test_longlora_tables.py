@@ -131,7 +131,7 @@ def test_a_passkey_is_found_when_every_token_of_it_is_written() -> None:
         return jnp.roll(inputs.tokens, -1, axis=1)
 
     forward = pj.Forward(features, lambda params, x, ports: jax.nn.one_hot(jnp.where(x == seven, eight, x), 257))
-    answers = [passkey.text(100, seed)[1] for seed in range(12)]
+    answers = [tokenizer.decode(passkey.ask(tokenizer, 384, seed).answer) for seed in range(12)]
     share = sum("7" not in answer for answer in answers) / 12
     assert 0 < share < 1
     assert passkey.accuracy(forward, {}, tokenizer, 384, range(12)) == share
@@ -155,7 +155,7 @@ def test_laptop_runs() -> None:
     model = dataclasses.replace(model, tokenizer=toy_tokenizer.gpt2())
     text = np.tile(np.random.default_rng(1).permutation(64), 20).astype(np.int32)
     s = dataclasses.replace(
-        LAPTOP.settings, length=32, steps=12, rate=3e-2, full_rate=1e-2, rank=2, windows=(16, 32), stride=8
+        LAPTOP.settings, length=32, steps=12, rate=3e-2, whole_rate=1e-2, rank=2, windows=(16, 32), stride=8
     )
     s = dataclasses.replace(s, evaluated=48, asked=(384,), questions=2, warmup=2)
     task = longlora_runs.Task(model, longlora_runs.longer(model, 4.0), text, text)
