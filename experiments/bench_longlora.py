@@ -9,24 +9,29 @@ pass.  LoRA has rank 8 on q, k, v and o.
     full, lora   `attention.chunked_attention`: full attention whose memory is linear
     longlora     LoRA, embedding and norms whole, shifted sparse attention in groups of a quarter of the text
     shifted      LoRA alone with that attention: what attention by itself saves
-    plain        LoRA with scores of the whole text at once; only compiled: its memory, by length
+    plain        LoRA with scores of the whole text at once; only compiled, for its temporaries
     peft         HF PEFT's LoRA on `transformers`, with torch's fused attention (sdpa) and its checkpointing.  PEFT has
                  no shifted attention: it is LoRA that is compared
 
-Memory of ours is XLA's temporaries (``memory_analysis``); of both, the process's peak less what importing took.  Each
-side at each length is a process of its own; those of one length take turns, as in `experiments.bench`.  The result is
-kept in experiments/results/bench_longlora.json, of which `make tables` makes the README's paragraph and the picture.
+Memory of ours is XLA's temporaries (``memory_analysis``); of both, the process's peak during a step less what importing
+took.  Each side is a process of its own that takes all lengths, the shortest first; the sides take turns at each.  The
+result is kept in experiments/results/bench_longlora.json, of which `make tables` makes the README's paragraph, with a
+picture beside it.
 """
 
 import argparse
+import dataclasses
+import functools
 import json
 import os
+import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -53,66 +58,103 @@ RESULT = Path(__file__).parent / "results" / "bench_longlora.json"
 PICTURE = RESULT.with_suffix(".png")
 
 
-def config(length: int) -> Any:
+def config() -> Any:
     import transformers
 
-    return transformers.LlamaConfig(**SIZES, vocab_size=WORDS, max_position_embeddings=length, tie_word_embeddings=True)
+    return transformers.LlamaConfig(
+        **SIZES, vocab_size=WORDS, max_position_embeddings=max(LENGTHS), tie_word_embeddings=True
+    )
 
 
 def text(length: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, WORDS, (1, length + 1))
 
 
-def side(name: str, length: int, folder: str) -> tuple[Callable[[], float], dict[str, Any]]:
-    return torch_side(length, folder) if name == "peft" else jax_side(name, length, folder)
+class Ready(NamedTuple):
+    """One side: a step on a text of so many tokens, which gives its loss; and facts, some by length."""
+
+    step: Callable[[int], float]
+    facts: dict[str, Any]
+    measures: Callable[[int], dict[str, Any]] = lambda length: {}
 
 
-def jax_side(name: str, length: int, folder: str) -> tuple[Callable[[], float], dict[str, Any]]:
-    """One side, compiled."""
+def jax_side(name: str, folder: str) -> Ready:
     import jax
     import optax
 
     import peft_jax as pj
     from peft_jax import methods, models, training
-    from peft_jax.attention import chunked_attention, plain_attention
+    from peft_jax.attention import chunked_attention
 
     baseline = bench_sides.peak()
     model = models.load(folder, remat="full")
-    attend = plain_attention if name == "plain" else chunked_attention
     method = {
         "full": lambda: methods.unfreeze("", keep_base=False),
         "longlora": lambda: methods.longlora(RANK, ALPHA),
         "shifted": lambda: methods.longlora(RANK, ALPHA, train=None),
-    }.get(name, lambda: methods.lora(RANK, ALPHA, "(q|k|v|o)_proj"))()
+        "lora": lambda: methods.lora(RANK, ALPHA, "(q|k|v|o)_proj"),
+    }[name]()
     params, forward = method(jax.random.key(0), model.params, model.forward)
     del model
-
-    def loss(forward: Any, params: Any, batch: Any, ports: Any) -> Any:
-        return training.next_token(forward, params, batch, pj.Ports(micro_key=ports.micro_key, attend=attend))
-
     tx = optax.adamw(RATE)
-    step: Any = training.make_step(forward, tx, loss)
-    trained = pj.count(params).trainable
+    make: Any = training.make_step(forward, tx, functools.partial(loss, chunked_attention))
     state, frozen = training.init_state(params, tx, jax.random.key(1))
+    facts, found = {"baseline": baseline, "trained": pj.count(params).trainable}, dict[int, Any]()
     del params
-    row, ones = text(length).astype(np.int32), np.ones((1, length), np.float32)
-    batch = {"tokens": row[:, :-1], "targets": row[:, 1:], "weights": ones}
-    begin = time.perf_counter()
-    compiled = training.compile_step(step, state, frozen, batch)
-    facts: dict[str, Any] = {"baseline": baseline, "compile_seconds": time.perf_counter() - begin, "trained": trained}
-    analysis = compiled.memory_analysis()
-    assert analysis is not None
-    facts |= {"argument_bytes": analysis.argument_size_in_bytes, "temporary_bytes": analysis.temp_size_in_bytes}
 
-    def run() -> float:
+    def compiled(length: int) -> Any:
+        if length not in found:
+            found[length] = training.compile_step(make, state, frozen, batch(length))
+        return found[length]
+
+    def step(length: int) -> float:
         nonlocal state
-        state, metrics = compiled(state, frozen, batch)
+        state, metrics = compiled(length)(state, frozen, batch(length))
         return float(metrics["loss"])
 
-    return (lambda: 0.0) if name == "plain" else run, facts
+    return Ready(step, facts, lambda length: {"temporary_bytes": temporaries(compiled(length))})
 
 
-def torch_side(length: int, folder: str) -> tuple[Callable[[], float], dict[str, Any]]:
+def loss(attend: Any, forward: Any, params: Any, batch: Any, ports: Any) -> Any:
+    """Of the model with this attention, in groups where the method makes them."""
+    from peft_jax import training
+
+    return training.next_token(forward, params, batch, dataclasses.replace(ports, attend=attend))
+
+
+def batch(length: int) -> dict[str, Any]:
+    row = text(length).astype(np.int32)
+    return {"tokens": row[:, :-1], "targets": row[:, 1:], "weights": np.ones((1, length), np.float32)}
+
+
+def temporaries(compiled: Any) -> int:
+    analysis = compiled.memory_analysis()
+    assert analysis is not None
+    return analysis.temp_size_in_bytes
+
+
+def plain(length: int) -> int:
+    """The temporaries of LoRA's step with plain attention; no weight is made."""
+    import jax
+    import optax
+
+    from peft_jax import methods, models, training, trees
+    from peft_jax.attention import plain_attention
+    from peft_jax.models import llama
+
+    forward, tx = llama.build(config(), remat="full"), optax.adamw(RATE)
+    method = methods.lora(RANK, ALPHA, "(q|k|v|o)_proj")
+
+    def init(key: Any) -> Any:
+        params = method.init(key, models.from_config(config(), key).params, forward)
+        trained, frozen = trees.partition(params)
+        return training.State(trained, tx.init(trained), jax.numpy.int32(0), key), frozen
+
+    step: Any = training.make_step(forward, tx, functools.partial(loss, plain_attention))
+    return temporaries(step.lower(*jax.eval_shape(init, jax.random.key(0)), batch(length)).compile())
+
+
+def torch_side(folder: str) -> Ready:
     import peft
     import torch
     import transformers
@@ -128,17 +170,48 @@ def torch_side(length: int, folder: str) -> tuple[Callable[[], float], dict[str,
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     tx = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE)
-    row = torch.tensor(text(length))
 
-    def run() -> float:
+    def step(length: int) -> float:
+        row = torch.tensor(text(length))
         logits = model(input_ids=row[:, :-1], use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits[0].float(), row[0, 1:])
-        loss.backward()
+        value = torch.nn.functional.cross_entropy(logits[0].float(), row[0, 1:])
+        value.backward()
         tx.step()
         tx.zero_grad()
-        return loss.item()
+        return value.item()
 
-    return run, {"baseline": baseline, "trained": trained}
+    return Ready(step, {"baseline": baseline, "trained": trained})
+
+
+def side(name: str, folder: str) -> Ready:
+    return torch_side(folder) if name == "peft" else jax_side(name, folder)
+
+
+def serve(ready: Ready) -> None:
+    """Answers a length on standard input with one step's seconds, loss and peak; first of all with the facts."""
+    print(json.dumps(ready.facts), flush=True)
+    seen = set()
+    for line in sys.stdin:
+        length, more = int(line), dict[str, Any]()
+        if length not in seen:
+            more = ready.measures(length)  # compiles
+            ready.step(length)  # the first one allocates
+            seen.add(length)
+        with provenance.Peak() as peak:
+            begin = time.perf_counter()
+            value = ready.step(length)
+            seconds = time.perf_counter() - begin
+        print(json.dumps({"seconds": seconds, "loss": value, "peak": peak.bytes, "of": peak.of, **more}), flush=True)
+
+
+class Side(bench.Side):
+    """A worker that is asked for a step of a length."""
+
+    def ask(self, length: int) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{length}\n")
+        self.process.stdin.flush()
+        return self.read()
 
 
 def compare(rounds: int, lengths: tuple[int, ...] = LENGTHS) -> dict[str, Any]:
@@ -151,14 +224,36 @@ def compare(rounds: int, lengths: tuple[int, ...] = LENGTHS) -> dict[str, Any]:
         raise ValueError(f"the tree differs from commit {here[:12]} ({', '.join(dirty[:3])}): commit first")
     rows: dict[str, Any] = {}
     for length in lengths:
-        with tempfile.TemporaryDirectory() as folder:
-            models.save(f"{folder}/model", models.from_config(config(length), jax.random.key(0)))
-            sides = [f"{name}-{length}" for name in SIDES]
-            found = bench.take_turns(sides, rounds, f"{folder}/model", "experiments.bench_longlora")
-        rows |= {name: bench.row(each, length) for name, each in found.items()}
+        rows[f"plain-{length}"] = {"temporary_bytes": plain(length)}
+    sides: dict[str, Side] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        models.save(f"{folder}/model", models.from_config(config(), jax.random.key(0)))
+        try:
+            for name in (name for name in SIDES if name != "plain"):
+                print(f"starting {name}", file=sys.stderr)
+                sides[name] = Side(name, f"{folder}/model", "experiments.bench_longlora")
+            for length in lengths:
+                print(f"{length} tokens", file=sys.stderr)
+                steps = [{name: side.ask(length) for name, side in sides.items()} for _ in range(rounds)]
+                for name, worker in sides.items():
+                    rows[f"{name}-{length}"] = row([each[name] for each in steps], worker.facts)
+        finally:
+            for worker in sides.values():
+                worker.close()
     versions = provenance.versions() | {name: version(name) for name in ("torch", "peft")}
     where = {"commit": here, "dirty": dirty, "versions": versions, "machine": provenance.machine()}
     return {"rows": rows, "rounds": rounds, "lengths": list(lengths), "sizes": SIZES, "words": WORDS, **where}
+
+
+def row(steps: list[dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:
+    """What a side's steps of one length took."""
+    found = {
+        "seconds": statistics.median(step["seconds"] for step in steps),
+        "peak_bytes": max(step["peak"] for step in steps) - facts["baseline"],
+        "losses": [step["loss"] for step in steps],
+        "trained": facts["trained"],
+    }
+    return found | {name: steps[0][name] for name in ("temporary_bytes", "of") if name in steps[0]}
 
 
 # -- what it says -----------------------------------------------------------------------------------------------------
@@ -239,11 +334,10 @@ def plot(result: dict[str, Any], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("worker", nargs="*", help=argparse.SUPPRESS)  # a side's name and length, the model's folder
+    parser.add_argument("worker", nargs="*", help=argparse.SUPPRESS)  # a side's name, the model's folder
     given = parser.parse_args()
     if given.worker:
-        name, length = given.worker[0].rsplit("-", 1)
-        return bench_sides.serve(*side(name, int(length), given.worker[1]))
+        return serve(side(*given.worker))
     try:
         result = compare(given.rounds)
     except ValueError as error:

@@ -123,17 +123,18 @@ def test_longloras_sides_start_at_one_loss_but_for_their_attention(
 ) -> None:
     sizes = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
     monkeypatch.setattr(bench_longlora, "SIZES", sizes | {"num_key_value_heads": 2})
+    monkeypatch.setattr(bench_longlora, "LENGTHS", (16,))
     monkeypatch.setattr(bench_longlora, "WORDS", 64)
     monkeypatch.setattr(bench_longlora, "RATE", 0.03)
-    model = models.from_config(bench_longlora.config(16), jax.random.key(0))
+    model = models.from_config(bench_longlora.config(), jax.random.key(0))
     model = dataclasses.replace(model, params=jax.tree.map(lambda x: 8 * x, model.params))  # attention that matters
     models.save(tmp_path / "model", model)
     found: dict[str, Any] = {}
     for name in ("lora", "longlora", "peft"):
-        run, facts = bench_longlora.side(name, 16, str(tmp_path / "model"))
-        losses = [run() for _ in range(3)]
+        side = bench_longlora.side(name, str(tmp_path / "model"))
+        losses = [side.step(16) for _ in range(3)]
         assert losses[2] < losses[0] - 0.01
-        found[name] = facts | {"loss": losses[0]}
+        found[name] = side.facts | {"loss": losses[0], **side.measures(16)}
     torch.set_num_threads(1)
     assert found["peft"]["loss"] == pytest.approx(found["lora"]["loss"], abs=1e-4)
     assert abs(found["longlora"]["loss"] - found["lora"]["loss"]) > 1e-2
