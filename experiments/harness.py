@@ -45,6 +45,8 @@ TABLES = (
     "quant_perplexity",
     "qlora_formats",
     "qalora_merge",
+    "longlora_attention",
+    "longlora_trainable",
 )
 RESULTS = Path(__file__).parent / "results"
 KINDS = ("train", "evaluate")  # of work

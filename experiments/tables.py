@@ -4,8 +4,9 @@
     python -m experiments.tables --check    writes nothing; fails, naming the file, where one differs from its results
 
 In the README a table goes between ``<!-- table:NAME -->`` and ``<!-- /table -->``; NAME is ``table/profile``; or a
-table, whose laptop profile is meant; or ``bench``, ``bench_many`` or ``bench_qlora``, comparisons of the training
-step (`experiments.bench` and its neighbours).  A profile without results has no files; one that lacks some says so.
+table, whose laptop profile is meant; or ``bench``, ``bench_many``, ``bench_qlora`` or ``bench_longlora``, comparisons
+of the training step (`experiments.bench` and its neighbours).  A profile without results has no files; one that lacks
+some says so.
 ``docs/parameter_counts.md`` has a place for the numbers that train (`experiments.parameter_counts`), which need no run.
 """
 
@@ -17,7 +18,7 @@ import re
 import statistics
 from pathlib import Path
 
-from experiments import bench, bench_many, bench_qlora, harness, parameter_counts
+from experiments import bench, bench_longlora, bench_many, bench_qlora, harness, parameter_counts
 from experiments.harness import RESULTS, TABLES, Metric, Part, Profile, Result, Table
 from experiments.provenance import ROOT
 
@@ -214,10 +215,9 @@ def update(tables: list[Table], results: Path = RESULTS, readme: Path = README, 
                 stale.append(f"{image}: was not made from these results")
                 if not check:
                     plot(table, name, found, image, key)
-    benches = {"bench": bench.report, "bench_many": bench_many.report, "bench_qlora": bench_qlora.report}
-    for name, report in benches.items():
-        if (results / f"{name}.json").exists():
-            shown[name] = report(json.loads((results / f"{name}.json").read_text(encoding="utf-8")))
+    for module in (bench, bench_many, bench_qlora, bench_longlora):
+        path = results / module.RESULT.name
+        shown[path.stem] = module.report(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else ""
     return stale + in_readme(shown, readme, check)
 
 

@@ -61,6 +61,8 @@ NAMED: dict[str, Callable[[], Config]] = {
     "llama-13b": lambda: _llama(5120, 13824, 40, 40),
     "llama-33b": lambda: _llama(6656, 17920, 60, 52),
     "llama-65b": lambda: _llama(8192, 22016, 80, 64),
+    "llama-2-7b": lambda: _llama(4096, 11008, 32, 32, max_position_embeddings=4096),
+    "llama-2-13b": lambda: _llama(5120, 13824, 40, 40, max_position_embeddings=4096),
     "llama-2-70b": lambda: _llama(8192, 28672, 80, 64, num_key_value_heads=8),
     "llama-3-8b": lambda: _llama(4096, 14336, 32, 32, num_key_value_heads=8, vocab_size=128256),
     "llama-3-70b": lambda: _llama(8192, 28672, 80, 64, num_key_value_heads=8, vocab_size=128256),
@@ -314,6 +316,7 @@ def method_of(name: str, rank: int, select: str, format: str | None) -> Method:
         "dora": lambda: methods.dora(rank, select=select),
         "vera": lambda: methods.vera(rank, select),
         "qlora": lambda: methods.lora(rank, 16, select, dropout=0.1),
+        "longlora": lambda: methods.longlora(rank, 16, select),
         "full": lambda: methods.unfreeze("", keep_base=False),
     }
     adapter = _chosen("method", name, made)
@@ -328,7 +331,7 @@ def method_of(name: str, rank: int, select: str, format: str | None) -> Method:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help=f"config.json, its directory, or one of {', '.join(NAMED)}")
-    parser.add_argument("--method", default="qlora", help="lora, qlora, dora, vera or full")
+    parser.add_argument("--method", default="qlora", help="lora, qlora, longlora, dora, vera or full")
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--select", default=trees.LAYER_MATRICES, help="which matrices are adapted, by their names")
     parser.add_argument("--format", help=f"of the base: {', '.join(FORMATS)}; by default nf4 for qlora, else plain")

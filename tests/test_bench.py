@@ -1,5 +1,6 @@
 """The benchmark's sides compute one and the same thing, and its report says what was measured."""
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from experiments import bench, bench_qlora, bench_sides
+from experiments import bench, bench_longlora, bench_qlora, bench_sides
 from peft_jax import models
 from peft_jax.training.step import lenient
 
@@ -114,3 +115,45 @@ def test_qloras_report_says_where_qwix_is_ahead() -> None:
     text = bench_qlora.report(recorded | told)
     assert "time 2.00x, peak memory 1.00x, residuals 0.50x" in text
     assert "qwix is ahead in time 2.00x." in text and text.count("\n| ") == len(bench_qlora.SIDES)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # PEFT's and transformers' own
+def test_longloras_sides_start_at_one_loss_but_for_their_attention(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    monkeypatch.setattr(bench_longlora, "SIZES", sizes | {"num_key_value_heads": 2})
+    monkeypatch.setattr(bench_longlora, "LENGTHS", (16,))
+    monkeypatch.setattr(bench_longlora, "WORDS", 64)
+    monkeypatch.setattr(bench_longlora, "RATE", 0.03)
+    model = models.from_config(bench_longlora.config(), jax.random.key(0))
+    model = dataclasses.replace(model, params=jax.tree.map(lambda x: 8 * x, model.params))  # attention that matters
+    models.save(tmp_path / "model", model)
+    found: dict[str, Any] = {}
+    for name in ("lora", "longlora", "peft"):
+        side = bench_longlora.side(name, str(tmp_path / "model"))
+        losses = [side.step(16) for _ in range(3)]
+        assert losses[2] < losses[0] - 0.01
+        found[name] = side.facts | {"loss": losses[0], **side.measures(16)}
+    torch.set_num_threads(1)
+    assert found["peft"]["loss"] == pytest.approx(found["lora"]["loss"], abs=1e-4)
+    assert abs(found["longlora"]["loss"] - found["lora"]["loss"]) > 1e-2
+    assert found["peft"]["trained"] == found["lora"]["trained"] == found["longlora"]["trained"] - 64 * 24 - 3 * 24
+    assert found["lora"]["temporary_bytes"] > 0 and "temporary_bytes" not in found["peft"]
+
+
+def test_longloras_report_says_what_grows() -> None:
+    rows = {}
+    for n in (512, 1024):
+        for place, name in enumerate(bench_longlora.SIDES, 1):
+            memory = {"peak_bytes": 1e6 * n * place}
+            rows[f"{name}-{n}"] = {"seconds": n / 2**place} | memory
+            if name != "peft":
+                rows[f"{name}-{n}"]["temporary_bytes"] = 1e3 * n**2 if name == "plain" else 1e6 * n
+    recorded = json.loads(bench.RESULT.read_text(encoding="utf-8"))
+    text = bench_longlora.report(recorded | {"rows": rows, "lengths": [512, 1024]})
+    assert text.count("\n| peft_jax, LongLoRA | ") == 3 and text.count("plain attention | ") == 1
+    assert "By length, LongLoRA is 8.00x, 8.00x as fast as full fine-tuning, in 4.00x, 4.00x of its memory" in text
+    assert (
+        "From 512 to 1,024 tokens (2x) temporaries grow 2.0x with LongLoRA, 2.0x with LoRA, and 4x with plain" in text
+    )

@@ -133,6 +133,15 @@ def test_short_attention_is_that_of_the_heads_that_stay() -> None:
     close(short, reference(*(jnp.concatenate([x, x], 2) for x in (q, k, v)), 3, False)[:, :, :4])
 
 
+def test_a_row_of_padding_has_a_gradient_of_nothing() -> None:
+    q, k, v = draw(7, 2, 10, 4, 2)
+    segments = (np.arange(10) < np.array([[0], [7]])).astype(np.int32)
+    real = segments[:, :, None, None].astype(np.float32)
+    loss = lambda q, k, v: jnp.sum(ShiftedAttention(4)(q, k, v, sight(10, segments), 0.5) * real)  # noqa: E731
+    for slope in jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v):
+        assert (slope[0] == 0).all() and jnp.isfinite(slope).all() and differs(slope[1], 0 * slope[1])
+
+
 # -- chunks -----------------------------------------------------------------------------------------------------------
 
 
@@ -193,6 +202,12 @@ def test_a_gpu_is_asked_for_causal_groups_without_a_mask(monkeypatch: pytest.Mon
         ((2, 200, 4), 2),
     ]
     assert all(o["is_causal"] and o["implementation"] == "cudnn" and "mask" not in o for _, _, o in asked)
+    asked.clear()
+    segments = (np.arange(1200) < np.array([[700], [1200]])).astype(np.int32)
+    ShiftedAttention(400)(q, k, v, sight(1200, segments), 0.5)  # padded rows need a mask: each group its own
+    assert [options["mask"].shape for _, _, options in asked] == [
+        (rows, 1, length, length) for rows, length in ((6, 400), (2, 200), (4, 400), (2, 200))
+    ]
 
 
 # -- in a model -------------------------------------------------------------------------------------------------------

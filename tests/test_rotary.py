@@ -13,7 +13,7 @@ from test_llama import SHAPE
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import peft_jax as pj
-from peft_jax import models
+from peft_jax import methods, models
 from peft_jax.models import llama, rotary
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -76,6 +76,22 @@ def test_a_loaded_model_is_extended_and_saved_so(kind: str, tmp_path: Any) -> No
     close(logits, torch_logits(theirs, tokens), atol=1e-4)
     again = models.load(tmp_path / "long")
     assert again.forward.spec.positions == 24 and again.config.rope_parameters == model.config.rope_parameters
+
+
+def test_what_longlora_has_learnt_is_saved_with_its_positions(tmp_path: Any) -> None:
+    """Trained under shifted attention, merged, and read by transformers: full attention, interpolated positions."""
+    source, _, _ = pair(tf.LlamaConfig(**SHAPE | {"max_position_embeddings": 8}, tie_word_embeddings=True))
+    source.save_pretrained(tmp_path / "short")
+    model = models.load(tmp_path / "short", rope_scaling={"rope_type": "linear", "factor": 3.0})
+    params, forward = methods.longlora(2)(jax.random.key(0), model.params, model.forward)
+    random = np.random.default_rng(2)
+    trained, frozen = pj.partition(params)
+    moved = jax.tree.map(lambda x: x + 0.1 * random.standard_normal(x.shape).astype(x.dtype), trained)
+    tokens = random.integers(0, 48, (1, 20)).astype(np.int32)
+    logits = jax.jit(forward)(pj.combine(moved, frozen), tokens)
+    models.save(tmp_path / "long", model, pj.merge(pj.combine(moved, frozen)))
+    theirs = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "long", attn_implementation="eager").eval()
+    close(logits, torch_logits(theirs, tokens), atol=1e-4)
 
 
 def test_a_scaled_model_is_scaled_anew() -> None:

@@ -6,6 +6,7 @@ from peft_jax.training.loop import Run, evaluate, fit
 from peft_jax.training.losses import answers, classification, label_accuracy, next_token, token_accuracy
 from peft_jax.training.many import fit_many
 from peft_jax.training.paging import page
+from peft_jax.training.perplexity import perplexity
 from peft_jax.training.step import State, compile_step, init_state, make_step
 
 __all__ = [
@@ -28,5 +29,6 @@ __all__ = [
     "pack",
     "pad",
     "page",
+    "perplexity",
     "token_accuracy",
 ]
