@@ -55,7 +55,7 @@ class Settings(lora_ablation.Laptop):
 
     steps: int = 24
     rank: int = 8
-    select: str = trees.LAYER_MATRICES
+    select: str = r"(^|\.)\d+\.(?!.*relative_attention_bias$)"  # every matrix of the layers, as it was run
 
 
 def method_of(s: Settings, row: Row) -> Method:
