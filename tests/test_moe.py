@@ -8,12 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import peft
 import pytest
 import torch
 import transformers as tf
 import zoo
-from checks import close, differs, one_layer, same
+from checks import close, differs, one_layer, same, three_steps
 from oracles.parity import check_gradients, compiled, tokens_for
 from oracles.torch_models import numbers, ours, pair, torch_logits, torch_model
 from safetensors import safe_open
@@ -194,6 +195,19 @@ def test_other_starts_reach_each_expert(gates: Any) -> None:
     change = lambda tree: np.asarray(trees.leaves(pj.merge(tree))[GATES]) - np.asarray(kernel)  # noqa: E731
     summed = arithmetic.weighted_sum({"one": one, "two": two}, {"one": 1.0, "two": -0.5}).params
     close(change(summed), change(one) - change(two) / 2)
+
+
+def test_experts_and_attention_train_on_a_quantised_base(qwen: Model, quick_compiles: None) -> None:
+    method = pj.chain(quant.quantise(quant.nf4(32, double=False), "experts"), methods.lora(2, select="experts|q_proj"))
+    params, forward = method(KEY, qwen.params, qwen.forward)
+    tokens = tokens_for(qwen.config)
+    batch = {"tokens": tokens, "targets": np.roll(tokens, -1, 1), "weights": np.ones(tokens.shape, np.float32)}
+    trained, losses = three_steps(params, forward, optax.adam(1e-2), batch)
+    assert losses[2] < losses[1] < losses[0]
+    found = {path: leaf for path, leaf in trees.leaves(trained).items() if isinstance(leaf, LoRA)}
+    assert {path[-2] for path in found} == {"q_proj", "gate_proj", "up_proj", "down_proj"}
+    for path, leaf in found.items():
+        assert np.abs(np.asarray(leaf.b)).max(axis=(-2, -1)).min() > 0, f"{path}: an expert has not moved"
 
 
 def test_blocks_of_one_expert_drop_apart() -> None:

@@ -41,17 +41,22 @@ def shard_specs(value: Followed, spec: Any) -> Any:
     for part, dim in zip(spec, value.dims, strict=False):
         for axis in dim:
             found[axis.kind].append(part)
-    layers, inputs, outputs = found["layers"], (found["in"] or [None])[0], (found["out"] or [None])[0]
+    layers = found["layers"]
+    sides = {"in": (found["in"] or [None])[0], "out": (found["out"] or [None])[0], None: None}
 
     def each(leaf: Leaf) -> Any:
         if isinstance(leaf, View):
             return dataclasses.replace(leaf, base=spec)
         if not isinstance(leaf, LoRA):
             return spec
-        rest = {f.name for f in dataclasses.fields(leaf) if not f.metadata.get("static")} - {"base", "a", "b"}
-        whole: Any = {name: P(*layers) for name in rest if getattr(leaf, name) is not None}
-        a, b = P(*layers, inputs, None), P(*layers, None, outputs)
-        return dataclasses.replace(leaf, base=each(leaf.base), a=a, b=b, **whole)
+        names = {f.name for f in dataclasses.fields(leaf) if not f.metadata.get("static")} - {"base"}
+        along = leaf.axes()
+        own: Any = {
+            name: P(*layers, *(sides[side] for side in along.get(name, ())))
+            for name in names
+            if getattr(leaf, name) is not None
+        }
+        return dataclasses.replace(leaf, base=each(leaf.base), **own)
 
     return dataclasses.replace(value, leaf=each(value.leaf))
 
