@@ -132,7 +132,7 @@ def _call(place: Place, deadline: float, timeout: float) -> None:
                 f"after {timeout:g} s ({reason}): see that process 0 runs there, and that the address "
                 f"({place.told_by}) and its port are right and open between the hosts"
             )
-        time.sleep(min(0.5, max(0.0, deadline - time.monotonic())) + 0.01)
+        time.sleep(min(0.5, timeout / 20))
 
 
 def _receive(line: socket.socket) -> str:
