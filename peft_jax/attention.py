@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-CHUNK = 256  # queries that `chunked_attention` computes at a time
+CHUNK = 256  # queries, and keys, that `chunked_attention` computes at a time
 EVERYWHERE = -1  # the segment of what a method puts before packed rows
+HIDDEN = 0.7 * float(jnp.finfo(jnp.float32).min)  # the score of what a query does not see
 
 
 @jax.tree_util.register_dataclass
@@ -96,26 +97,155 @@ def chunked_attention(
     scale: float,
 ) -> Float[Array, "batch time heads dim"]:
     """Full attention whose memory grows linearly with the text: cuDNN's where `dot_product_attention` has it, and
-    `plain_attention` elsewhere, of `CHUNK` queries at a time, computed anew in the backward pass."""
-    batch, time = query.shape[:2]
-    if time <= CHUNK or visible.bias is not None or _fits_cudnn(query, key, visible):
+    elsewhere in blocks of `CHUNK` queries and keys, without the blocks that come later or lie outside the window.
+
+    A softmax is summed up block by block, and the backward pass computes its blocks anew from each query's logarithm of
+    that sum (Rabe & Staats 2021, arXiv 2112.05682; Dao 2023, arXiv 2307.08691, algorithms 1 and 2).  It is the only
+    derivative there is: no forward mode, no second one.  A query that sees nothing gives zeros.
+    """
+    if query.shape[1] <= CHUNK or visible.bias is not None or _fits_cudnn(query, key, visible):
         return dot_product_attention(query, key, value, visible, scale)
-    chunks = -(-time // CHUNK)
+    if visible.key_segments is None and (query.shape[1] % CHUNK or key.shape[1] % CHUNK):  # to tell what fills a block
+        ones = (jnp.ones((1, x.shape[1]), jnp.int32) for x in (query, key))
+        visible = dataclasses.replace(visible, query_segments=next(ones), key_segments=next(ones))
+    return _blockwise(query * jnp.asarray(scale, query.dtype), key, value, visible)
 
-    def split(x: Any) -> Any:  # [batch, time, …] to [chunks, batch, CHUNK, …]
-        if x is None:
-            return None
-        x = jnp.pad(x, [(0, 0), (0, chunks * CHUNK - time)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(x.shape[0], chunks, CHUNK, *x.shape[2:]), 1, 0)
 
-    @jax.checkpoint
-    def one(given: tuple[Array, Array, Any]) -> Array:
-        q, order, segments = given
-        seen = dataclasses.replace(visible, query_order=order, query_segments=segments, plain=False)
-        return plain_attention(q, key, value, seen, scale)
+@jax.custom_vjp
+def _blockwise(query: Array, key: Array, value: Array, visible: Visible) -> Array:
+    return _forward(query, key, value, visible)[0]
 
-    y = jax.lax.map(one, (split(query), split(visible.query_order), split(visible.query_segments)))
-    return jnp.moveaxis(y, 0, 1).reshape(batch, chunks * CHUNK, *query.shape[2:])[:, :time]
+
+def _forward(query: Array, key: Array, value: Array, visible: Visible) -> tuple[Array, Any]:
+    blocks = _Blocks(query, key, value, visible)
+
+    def row(given: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        i, first, end = given
+        largest = jnp.full((*blocks.query.shape[1:-1], 1), HIDDEN, jnp.float32)
+
+        def add(j: Array, so_far: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            largest, total, y = so_far
+            scores, _ = blocks.scores(i, j)
+            new = jnp.maximum(largest, scores.max(-1, keepdims=True))
+            shares, faded = jnp.exp(scores - new), jnp.exp(largest - new)
+            y = y * faded + _product("bkij,bkjd->bkid", shares, blocks.value[j])
+            return new, total * faded + shares.sum(-1, keepdims=True), y
+
+        nothing = jnp.zeros(blocks.query.shape[1:], jnp.float32)
+        largest, total, y = jax.lax.fori_loop(first, end, add, (largest, jnp.zeros_like(largest), nothing))
+        sees = largest > 0.5 * HIDDEN
+        total = jnp.where(sees, total, 1.0)
+        return jnp.where(sees, y / total, 0.0).astype(query.dtype), jnp.where(sees, largest + jnp.log(total), 0.0)
+
+    y, logarithm = jax.lax.map(row, (jnp.arange(len(blocks.query), dtype=jnp.int32), *_run(blocks.reach())))
+    return _joined(y, query), (query, key, value, visible, y, logarithm)
+
+
+def _backward(kept: Any, slope: Array) -> tuple[Array, Array, Array, None]:
+    query, key, value, visible, y, logarithm = kept
+    blocks, slope = _Blocks(query, key, value, visible), _split_queries(slope, key.shape[2])
+    mean = _product("nbkid,nbkid->nbki", slope, y)[..., None]
+
+    def column(to_query: Array, given: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+        j, first, end = given
+
+        def add(i: Array, so_far: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            to_query, to_key, to_value = so_far
+            scores, through_cap = blocks.scores(i, j)
+            shares = jnp.exp(scores - logarithm[i])
+            to_shares = _product("bkid,bkjd->bkij", slope[i], blocks.value[j])
+            to_scores = shares * (to_shares - mean[i]) * through_cap
+            to_value += _product("bkij,bkid->bkjd", shares, slope[i])
+            to_key += _product("bkij,bkid->bkjd", to_scores, blocks.query[i])
+            return to_query.at[i].add(_product("bkij,bkjd->bkid", to_scores, blocks.key[j])), to_key, to_value
+
+        nothing = jnp.zeros(blocks.key.shape[1:], jnp.float32)
+        to_query, *rest = jax.lax.fori_loop(first, end, add, (to_query, nothing, nothing))
+        return to_query, tuple(rest)
+
+    columns = (jnp.arange(len(blocks.key), dtype=jnp.int32), *_run(blocks.reach().T))
+    to_query, (to_key, to_value) = jax.lax.scan(column, jnp.zeros(blocks.query.shape, jnp.float32), columns)
+    return (
+        _joined(to_query, query).astype(query.dtype),
+        _joined(to_key, key).astype(key.dtype),
+        _joined(to_value, value).astype(value.dtype),
+        None,
+    )
+
+
+_blockwise.defvjp(_forward, _backward)
+
+
+class _Blocks:
+    """Queries ``[blocks, batch, kv_heads, group · CHUNK, dim]``, keys and values ``[blocks, batch, kv_heads, CHUNK,
+    dim]``, and who sees whom among them."""
+
+    def __init__(self, query: Array, key: Array, value: Array, visible: Visible) -> None:
+        self.query = _split_queries(query, key.shape[2])
+        self.key, self.value = (_split(x).swapaxes(2, 3) for x in (key, value))
+        self.visible = visible
+        self.orders = _split(visible.query_order, "edge"), _split(visible.key_order, "edge")
+        self.segments = _split(visible.query_segments), _split(visible.key_segments)
+
+    def scores(self, i: Array, j: Array) -> tuple[Array, Any]:
+        """Of a block of queries and one of keys, in fp32; and the slope of their soft cap."""
+        raw, cap = _product("bkid,bkjd->bkij", self.query[i], self.key[j]), self.visible.cap
+        capped = soft_cap(raw, cap)
+        of = lambda x, k: None if x is None else x[k]  # noqa: E731
+        seen = dataclasses.replace(
+            self.visible,
+            query_order=self.orders[0][i],
+            key_order=self.orders[1][j],
+            query_segments=of(self.segments[0], i),
+            key_segments=of(self.segments[1], j),
+        ).mask()
+        by_head = capped.reshape(*raw.shape[:2], -1, *seen.shape[-2:])
+        masked = jnp.where(seen[:, :, None], by_head, HIDDEN).reshape(raw.shape)
+        return masked, 1.0 if cap is None else 1.0 - (capped / cap) ** 2
+
+    def reach(self) -> Bool[Array, "query_blocks key_blocks"]:
+        """Whether any query of a block can see any key of another, by their places alone."""
+        first, last = ([f(x, (1, 2)) for x in self.orders] for f in (jnp.min, jnp.max))
+        near = jnp.ones((len(first[0]), len(first[1])), bool)
+        if self.visible.causal:
+            near &= last[0][:, None] >= first[1][None]
+        if self.visible.window is not None:
+            near &= first[0][:, None] - last[1][None] < self.visible.window
+        return near
+
+
+def _run(reach: Bool[Array, "rows columns"]) -> tuple[Array, Array]:
+    """The first column that each row reaches, and the one behind its last."""
+    columns = jnp.arange(reach.shape[1], dtype=jnp.int32)[None]
+    return jnp.where(reach, columns, reach.shape[1]).min(1), jnp.where(reach, columns + 1, 0).max(1)
+
+
+def _split(x: Any, mode: Any = "constant") -> Any:
+    """``[batch, time, …]`` to ``[blocks, batch, CHUNK, …]``, the last one filled up."""
+    if x is None:
+        return None
+    blocks = -(-x.shape[1] // CHUNK)
+    x = jnp.pad(x, [(0, 0), (0, blocks * CHUNK - x.shape[1])] + [(0, 0)] * (x.ndim - 2), mode)
+    return jnp.moveaxis(x.reshape(x.shape[0], blocks, CHUNK, *x.shape[2:]), 1, 0)
+
+
+def _split_queries(x: Array, kv_heads: int) -> Array:
+    """The queries that share a key head are rows of one matrix."""
+    x = _split(x)
+    x = x.reshape(*x.shape[:3], kv_heads, -1, x.shape[-1]).transpose(0, 1, 3, 4, 2, 5)
+    return x.reshape(*x.shape[:3], -1, x.shape[-1])
+
+
+def _joined(x: Array, like: Array) -> Array:
+    """What `_split_queries` and `_split` have split, in its own order."""
+    blocks, batch, kv_heads, _, dim = x.shape
+    x = x.reshape(blocks, batch, kv_heads, -1, CHUNK, dim).transpose(1, 0, 4, 2, 3, 5)
+    return x.reshape(batch, blocks * CHUNK, *like.shape[2:])[:, : like.shape[1]]
+
+
+def _product(spec: str, x: Array, y: Array) -> Array:
+    """In fp32, of numbers that are as short as the second."""
+    return jnp.einsum(spec, x.astype(y.dtype), y, preferred_element_type=jnp.float32)
 
 
 def _fits_cudnn(query: Array, key: Array, visible: Visible) -> bool:
@@ -151,7 +281,7 @@ def plain_attention(
     scores = soft_cap(scores.reshape(batch, kv_heads, group, time, -1), visible.cap)
     if visible.bias is not None:
         scores += visible.bias.reshape(-1, kv_heads, group, time, scores.shape[-1])
-    scores = jnp.where(visible.mask()[:, :, None], scores, 0.7 * jnp.finfo(jnp.float32).min)
+    scores = jnp.where(visible.mask()[:, :, None], scores, HIDDEN)
     shares = jax.nn.softmax(scores, axis=-1).astype(value.dtype).reshape(batch, kv_heads, group * time, -1)
     y = jnp.einsum("bkij,bkjd->bkid", shares, value)
     return y.reshape(batch, kv_heads, group, time, dim).transpose(0, 3, 1, 2, 4).reshape(query.shape)

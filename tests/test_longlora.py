@@ -1,5 +1,7 @@
 """Shifted sparse attention beside a literal reference, and what a training call makes of it."""
 
+import dataclasses
+import functools
 import itertools
 from typing import Any
 
@@ -145,17 +147,53 @@ def test_a_row_of_padding_has_a_gradient_of_nothing() -> None:
 # -- chunks -----------------------------------------------------------------------------------------------------------
 
 
-def test_chunked_attention_is_full_attention() -> None:
-    time = CHUNK + 44
-    q, k, v = draw(6, 2, time, 2, 1)
-    segments = np.where(np.arange(time) < np.array([[time - 9], [time]]), 1, 0).astype(np.int32)
-    weights = (segments != 0)[:, :, None, None] * np.random.RandomState(1).standard_normal(q.shape).astype(np.float32)
-    for visible in (sight(time), sight(time, segments, 100)):
-        found = [
-            jax.jit(jax.grad(lambda q, k, v, a=a, s=visible: jnp.sum(a(q, k, v, s, 0.5) * weights), (0, 1, 2)))(q, k, v)
-            for a in (chunked_attention, plain_attention)
-        ]
-        close(*found, atol=1e-4)
+@pytest.mark.parametrize("case", ["causal", "packed", "window", "prefix", "both ways", "cap"])
+def test_chunked_attention_is_full_attention(case: str) -> None:
+    """Outputs and gradients, of a text longer than two chunks and no multiple of them."""
+    time, before = 2 * CHUNK + 44, 30 if case == "prefix" else 0
+    q, k, v = draw(6, 2, time + before, 4, 2)
+    q, visible = q[:, before:], sight(time)
+    real = np.ones((2, time), bool)
+    if case == "packed":  # the second row has padding on both sides of its two segments
+        segments = np.repeat([[1, 2, 3, 3], [0, 4, 5, 0]], [CHUNK + 5, 7, CHUNK, 32], axis=1).astype(np.int32)
+        visible, real = sight(time, segments), segments != 0
+    if case == "prefix":  # keys before every query, of which the second row has none
+        keys = np.concatenate([np.array([[1], [0]]).repeat(before, 1), real], 1).astype(np.int32)
+        order = jnp.arange(time + before, dtype=jnp.int32)[None]
+        visible = Visible(order[:, before:], order, jnp.asarray(real, jnp.int32), jnp.asarray(keys))
+    if case == "both ways":
+        visible = dataclasses.replace(visible, causal=False)
+    if case == "cap":
+        visible = dataclasses.replace(visible, cap=0.7)
+    weights = real[:, :, None, None] * np.random.RandomState(1).standard_normal(q.shape).astype(np.float32)
+
+    def run(attend: Any, q: Any, k: Any, v: Any, window: Any) -> Any:
+        seen = dataclasses.replace(visible, window=window if case == "window" else None)
+        y = attend(q, k, v, seen, 0.5) * weights.astype(q.dtype)
+        return jnp.sum(y.astype(jnp.float32)), y
+
+    both = [
+        jax.jit(jax.value_and_grad(functools.partial(run, a), (0, 1, 2), has_aux=True))
+        for a in (chunked_attention, plain_attention)
+    ]
+    found, wanted = (f(q, k, v, jnp.int32(100)) for f in both)
+    close(found, wanted, atol=1e-4)
+    if case == "causal":
+        half = [f(*(x.astype(jnp.bfloat16) for x in (q, k, v)), jnp.int32(0))[1] for f in both]
+        assert all(x.dtype == jnp.bfloat16 for x in half[0])
+        close(*([x.astype(jnp.float32) for x in each] for each in half), atol=0.1)
+
+
+def test_chunks_that_nobody_sees_are_not_computed() -> None:
+    """A value that is no number stays where it is seen, and a query that sees nothing gives zeros."""
+    time = 3 * CHUNK
+    q, k, v = draw(9, 1, time, 2, 1)
+    v = v.at[:, 2 * CHUNK - 1].set(jnp.nan)
+    segments = (np.arange(time) >= 5).astype(np.int32)[None]
+    y = chunked_attention(q, k, v, sight(time, segments), 0.5)
+    assert (y[:, :5] == 0).all() and jnp.isfinite(y[:, :CHUNK]).all() and jnp.isnan(y[:, CHUNK:]).all()
+    y = chunked_attention(q, k, v, sight(time, window=1), 0.5)
+    assert jnp.isfinite(y[:, :CHUNK]).all() and jnp.isfinite(y[:, 2 * CHUNK :]).all()
 
 
 def test_memory_grows_with_the_text_not_with_its_square() -> None:
