@@ -11,6 +11,7 @@ import pytest
 import zoo
 from checks import close
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # not public in this JAX
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 import peft_jax as pj
 from peft_jax import methods, quant
@@ -42,9 +43,15 @@ def error(found: jax.Array, expected: np.ndarray) -> float:
     return float(np.linalg.norm(np.asarray(found.astype(jnp.float32)) - expected) / np.linalg.norm(expected))
 
 
+def for_cuda(fn: Any, *args: Any) -> str:
+    """What a function becomes on a CUDA device; none need be there."""
+    h100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    with use_abstract_mesh(AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=h100)):
+        return jax.jit(fn).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
 def triton_calls(fn: Any, *args: Any) -> int:
-    """How many kernels a function becomes on a CUDA device; none need be there."""
-    return jax.jit(fn).trace(*args).lower(lowering_platforms=("cuda",)).as_text().count("__gpu$xla.gpu.triton")
+    return for_cuda(fn, *args).count("__gpu$xla.gpu.triton")
 
 
 # inputs, outputs: whole blocks; blocks left over; one row of an odd length.
@@ -81,7 +88,7 @@ def test_dequantised_by_mosaic() -> None:
     leaf = leaf_of(quant.grouped(4, 32), 64, 256, "bfloat16")
     found = jax.jit(lambda w: mosaic.dequantise(w, interpret=InterpretGPUParams()))(leaf)
     np.testing.assert_array_equal(found.astype(jnp.float32), jax.jit(pj.materialise)(leaf).astype(jnp.float32))
-    assert "@mosaic_gpu" in jax.jit(mosaic.dequantise).trace(leaf).lower(lowering_platforms=("cuda",)).as_text()
+    assert "@mosaic_gpu" in for_cuda(mosaic.dequantise, leaf)
     with pytest.raises(ValueError, match="groups of 32 codes of 3 bits, which fill no whole words: use 'triton'"):
         mosaic.dequantise(leaf_of(quant.grouped(3, 32), 64, 256))
 

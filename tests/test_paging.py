@@ -140,7 +140,7 @@ def test_a_state_on_a_mesh_is_paged_shard_by_shard() -> None:
         assert [x.sharding for x in jax.tree.leaves(state)] == before
         ends.append(copied(state))
     assert optax.tree.get(state.opt_state, "mu")["wide"].b.sharding == columns.with_memory_kind("pinned_host")
-    close(*ends, atol=1e-6)
+    close(*ends, atol=1e-5)  # two devices add up in another order
 
 
 def test_a_gpu_is_told_to_move_what_is_paged_and_nothing_else() -> None:

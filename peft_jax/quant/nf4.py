@@ -239,7 +239,7 @@ def _quantise(form: Format, rows: int, transposed: bool, w: Array) -> tuple[Arra
 
 
 def _nested(absmax: Float[Array, "rows blocks"]) -> Nested:
-    offset = absmax.mean()
+    offset = jnp.maximum(absmax.mean(), 0.0)  # which it is: an FMA of mean and difference would round otherwise
     flat = (absmax - offset).reshape(-1)
     blocks = -(-flat.size // NESTED)
     padded = jnp.pad(flat, (0, blocks * NESTED - flat.size)).reshape(blocks, NESTED)
