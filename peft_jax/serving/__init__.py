@@ -2,8 +2,8 @@
 
     python -m peft_jax.serving --model MODEL --adapters DIRECTORY
 
-rows, store, prefixes, scheduler     the host's bookkeeping: plain Python and numpy
-pool, step, kernels                  the device's: one array of rows, one compiled step
-engine                               both together, one scheduling round at a time
+pool, step, packing, kernels         the device's side: one array of rows, one compiled step, adapters as rows
+rows, requests, prefixes, store, loads, policies, rounds, scheduler     the host's: plain Python and numpy
+engine, text                         both together, one round of scheduling at a time
 server                               HTTP in front of it, in OpenAI's form
 """
