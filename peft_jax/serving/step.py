@@ -151,7 +151,7 @@ class Device:
         self, forward: Forward, params: Params, targets: tuple[Target, ...], rows: int, dtype: Any = jnp.float32
     ) -> None:
         spec = forward.spec
-        self.targets, self.width, self.total = targets, pool.width_of(spec), rows
+        self.targets, self.layers, self.width, self.total = targets, spec.layers, pool.width_of(spec), rows
         self._params = pool.adapt(params, targets, spec.layers)
         self._rows = pool.empty(spec, rows, dtype)
         self._step = jax.jit(self._counted(functools.partial(run, forward, targets)), donate_argnums=1)
