@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from peft_jax.serving import answers, metrics
 from peft_jax.serving.events import Event, Refused
@@ -88,25 +88,29 @@ class Call:
 
 
 class Events(Response):
-    """A stream of events, given up when its reader leaves."""
+    """A stream of events, given up when its reader leaves or reads nothing for `patience` seconds."""
 
-    def __init__(self, call: Call, first: tuple[int, Event]) -> None:
+    def __init__(self, call: Call, first: tuple[int, Event], patience: float) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nor may nginx hold chunks back
         super().__init__(media_type="text/event-stream", headers=headers)
         del self.headers["content-length"]
-        self.call, self.first = call, first
+        self.call, self.first, self.patience = call, first, patience
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def tell(message: Message) -> None:
+            async with asyncio.timeout(self.patience):
+                await send(message)
+
         async def pump() -> None:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await tell({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             async for chunk in self.call.chunks(self.first):
                 if chunk:
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+                    await tell({"type": "http.response.body", "body": chunk, "more_body": True})
+            await tell({"type": "http.response.body", "body": b"", "more_body": False})
 
         try:
             await unless_gone(receive, pump())
-        except (Gone, OSError):
+        except (Gone, OSError):  # a TimeoutError is an OSError
             self.call.metrics.disconnects.inc()
         finally:
             self.call.close()

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from peft_jax.serving.requests import Sampling
 
@@ -86,6 +86,7 @@ class AdapterInfo:
     users: int = 0
 
 
+@runtime_checkable
 class Limits(Protocol):
     """What an engine can hold: `context` tokens, of prompt and answer together."""
 
@@ -93,6 +94,7 @@ class Limits(Protocol):
     def context(self) -> int: ...
 
 
+@runtime_checkable
 class Engine(Protocol):
     """What the server needs of an engine.  One thread calls it."""
 

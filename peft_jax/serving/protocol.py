@@ -14,6 +14,7 @@ from peft_jax.serving.requests import Sampling
 
 MOST_LOGPROBS = 20
 MOST_STOPS = 16
+LONGEST = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +80,7 @@ def completion(body: dict[str, Any], most_choices: int = 128) -> Ask:
     fields = Fields(body)
     model = fields.need("model", "a string")
     prompts = _prompts(fields.need("prompt", None))
-    max_tokens = fields.take("max_tokens", "an integer", 16, low=1)
+    max_tokens = fields.take("max_tokens", "an integer", 16, low=1, high=LONGEST)
     logprobs = fields.take("logprobs", "an integer", None, low=0, high=MOST_LOGPROBS)
     return _rest(fields, model, prompts, None, max_tokens, logprobs, most_choices)
 
@@ -104,7 +105,7 @@ def chat(body: dict[str, Any], most_choices: int = 128) -> Ask:
     if not messages:
         raise Refused("messages must hold one message or more.", param="messages")
     asked = [
-        fields.take(name, "an integer", None, low=1)
+        fields.take(name, "an integer", None, low=1, high=LONGEST)
         for name in ("max_completion_tokens", "max_tokens")  # the newer name, and the older
     ]
     if asked[0] is not None and asked[1] is not None and asked[0] != asked[1]:
@@ -136,9 +137,12 @@ def _rest(
     """What the two endpoints have in common."""
     n = fields.take("n", "an integer", 1, low=1, high=most_choices)
     if n * max(1, len(prompts)) > most_choices:
-        raise Refused(f"{len(prompts)} prompts with n = {n} are more than {most_choices} choices.", param="n")
+        raise Refused(
+            f"{len(prompts)} prompts with n = {n} are more than {most_choices} choices.",
+            param="n" if n > 1 else "prompt",
+        )
     seed = fields.take("seed", "an integer", None)
-    top_k = fields.take("top_k", "an integer", 0, low=-1, high=2**31 - 1)
+    top_k = fields.take("top_k", "an integer", 0, low=-1, high=LONGEST)
     top_p = fields.take("top_p", "a number", 1.0, low=0, high=1)
     if top_p == 0:
         raise Refused("top_p must be more than 0; for the likeliest tokens give temperature: 0.", param="top_p")

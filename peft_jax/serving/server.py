@@ -52,6 +52,7 @@ class Settings:
         queue: choices that may be waited for at a time; what comes beyond is answered with 429.
         body_limit: bytes of a request.
         body_seconds: how long a request may take to come in.
+        send_seconds: how long a client may leave what it is sent unread.
         most_choices: prompts times n of one request.
     """
 
@@ -60,6 +61,7 @@ class Settings:
     queue: int = 256
     body_limit: int = 1 << 20
     body_seconds: float = 30.0
+    send_seconds: float = 60.0
     most_choices: int = 128
 
 
@@ -83,6 +85,8 @@ class Server:
         self._calm.set()
         self._stats: dict[str, float] = {}
         self._started = 0
+        # Its file may ask for truncation or padding: the first call turns them off, before there are other threads.
+        self.tokenizer("")
         # One thread: long prompts must not hold up the event loop, nor take more than a core.
         self._tokenising = ThreadPoolExecutor(1, "tokenise")
         get, post = functools.partial(Route, methods=["GET"]), functools.partial(Route, methods=["POST"])
@@ -249,10 +253,14 @@ class Server:
         """Both endpoints: `read` tells them apart."""
         arrived = self.worker.clock()
         self._take_in()
-        self._make_room(1)  # before the body is read and made tokens of
-        ask = read(protocol.read_json(await self._body(request)), self.settings.most_choices)
-        loop = asyncio.get_running_loop()
-        prompts = await loop.run_in_executor(self._tokenising, tokenise, self.tokenizer, ask, self.context)
+        self._make_room(1)
+        self.count(1)  # a place for a body that is read and made tokens of
+        try:
+            ask = read(protocol.read_json(await self._body(request)), self.settings.most_choices)
+            loop = asyncio.get_running_loop()
+            prompts = await loop.run_in_executor(self._tokenising, tokenise, self.tokenizer, ask, self.context)
+        finally:
+            self.count(-1)
         samplings = [sampling for _, most in prompts for sampling in ask.samplings(most)]
         self._make_room(len(samplings))
         self._take_in()  # it may have begun to drain meanwhile
@@ -262,7 +270,7 @@ class Server:
             await self._submit(call, ask.model, [prompt for prompt, _ in prompts for _ in range(ask.n)], samplings)
             first = await unless_gone(request.receive, call.next())
             if ask.stream:
-                return Events(call, first)  # which closes the call
+                return Events(call, first, self.settings.send_seconds)  # which closes the call
             answer = await unless_gone(request.receive, call.whole(first))
         except BaseException:
             call.close()
