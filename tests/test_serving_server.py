@@ -25,7 +25,7 @@ def server(shared):
     shared.rest()
 
 
-# -- answers ------------------------------------------------------------------------------------------------------------
+# -- answers -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_completion_names_its_adapter_counts_its_tokens_and_stops(server):
@@ -167,7 +167,7 @@ def test_models(server):
         server.client.models.retrieve("prose")
 
 
-# -- refusals -----------------------------------------------------------------------------------------------------------
+# -- refusals ----------------------------------------------------------------------------------------------------------
 
 
 def test_an_unknown_model_and_a_context_too_long(server):
@@ -177,7 +177,7 @@ def test_an_unknown_model_and_a_context_too_long(server):
     with pytest.raises(openai.BadRequestError, match="holds 512 tokens, and 500 of prompt and 16") as caught:
         server.client.completions.create(model="toy/base", prompt="x" * 500)
     assert caught.value.code == "context_length_exceeded"
-    with pytest.raises(openai.BadRequestError, match="619 of messages do not fit"):
+    with pytest.raises(openai.BadRequestError, match="616 of messages do not fit"):
         server.client.chat.completions.create(model="toy/base", messages=[{"role": "user", "content": "x" * 600}])
     with pytest.raises(openai.BadRequestError, match="prompt has no token"):
         server.client.completions.create(model="toy/base", prompt="")
@@ -263,7 +263,7 @@ def test_a_full_queue_says_when_to_come_again():
         assert len(it.engine.submitted) == 4
 
 
-# -- keys ---------------------------------------------------------------------------------------------------------------
+# -- keys --------------------------------------------------------------------------------------------------------------
 
 
 def test_keys_guard_all_but_health():
@@ -281,7 +281,7 @@ def test_keys_guard_all_but_health():
         assert client.post("/v1/completions", json=HELLO, headers=headers).json()["choices"][0]["text"] == "base: Hello"
 
 
-# -- adapters -----------------------------------------------------------------------------------------------------------
+# -- adapters ----------------------------------------------------------------------------------------------------------
 
 
 def test_loading_is_off_unless_allowed(server):
@@ -350,7 +350,7 @@ def test_loading_stays_in_the_allowed_directories(tmp_path):
         assert client.get("/health").status_code == 200
 
 
-# -- metrics ------------------------------------------------------------------------------------------------------------
+# -- metrics -----------------------------------------------------------------------------------------------------------
 
 
 def test_metrics_are_prometheus_text():

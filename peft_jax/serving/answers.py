@@ -199,11 +199,11 @@ class Shape:
             return {"content": content, "refusal": None}
         tokens, tops = list(found), []
         for one in tokens:
-            top: dict[str, float] = {}
+            table: dict[str, float] = {}
             # OpenAI's: the likeliest, and the token itself where it is not among them.
             for token, logprob in (*one.top[: self.ask.sampling.logprobs], (one.token, one.logprob)):
-                top.setdefault(self.pieces.label(token), max(logprob, LEAST))
-            tops.append(top)
+                table.setdefault(self.pieces.label(token), max(logprob, LEAST))
+            tops.append(table)
         return {
             "tokens": [self.pieces.label(one.token) for one in tokens],
             "token_logprobs": [max(one.logprob, LEAST) for one in tokens],
