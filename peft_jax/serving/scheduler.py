@@ -23,8 +23,9 @@ recently used first.
 **Optimism.** `max_tokens` is mostly more than what comes.  With `optimism` under 1 only that share of what is left is
 reckoned with.  Then rows may run out, and the youngest request is preempted: its rows are taken back, and later all of
 its tokens, drawn ones too, are computed anew.  Only an older request preempts a younger one, and a younger one that
-finds no rows waits with what it holds: so the oldest always goes on, and everything ends.  A request that was preempted
-goes first when it waits again, and is reckoned with in full, so that it is not preempted once more at once.
+finds no rows waits with what it holds: so the oldest always goes on, and everything ends.  A request that was
+preempted goes first when it waits again, and while it is in the batch everyone is reckoned with in full: so none is
+preempted twice.
 
 **Starvation.** Where a policy reorders, a request that has waited for `patience` seconds goes before all that have not,
 and what it cannot be given is given to nobody behind it.
@@ -315,8 +316,8 @@ class Scheduler:
 
     def _fits(self, batch: Sequence[Request], identities: set[int], now: float) -> bool:
         batch = sorted(batch, key=lambda r: self._seniority(r, now))
-        share = [1.0 if r.preemptions else self.limits.optimism for r in batch]
-        left = [math.ceil(s * max(0, r.left - 1)) for s, r in zip(share, batch, strict=True)]
+        share = 1.0 if any(r.preemptions for r in batch) else self.limits.optimism
+        left = [math.ceil(share * max(0, r.left - 1)) for r in batch]
         wait = delays([r.uncached for r in batch], self.limits.chunk, self.limits.prefill_rows)
         tokens = peak([len(r.tokens) - r.shared for r in batch], left, wait)
         taken = sum(self.store.size(identity) for identity in identities) + self.prefixes.busy_rows
