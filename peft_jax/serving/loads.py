@@ -203,7 +203,7 @@ class HostCopies:
 
     def _trim(self) -> None:
         for identity in reversed(self._wanted):
-            if identity in self._copies:
+            if identity in self._copies and not self._copies[identity].resident:  # a resident one can do without
                 self._copies.move_to_end(identity)
         while self.nbytes > self.limit:
             self.drop(next(iter(self._copies.values())))
