@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
 from peft_jax.serving import answers, protocol
-from peft_jax.serving.events import Event, Refused, TokenLogprob, Usage
-from peft_jax.serving.requests import Sampling
+from peft_jax.serving.events import Event, TokenLogprob, Usage
+from peft_jax.serving.requests import Refused, Sampling
 from peft_jax.serving.worker import Stream, Worker
 
 TEXT = {"model": "m", "prompt": "x"}

@@ -7,8 +7,9 @@ import uuid
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from peft_jax.serving.events import Event, Refused, TokenLogprob, Usage
+from peft_jax.serving.events import Event, TokenLogprob, Usage
 from peft_jax.serving.protocol import Ask
+from peft_jax.serving.requests import Refused
 
 HOLE = "\N{REPLACEMENT CHARACTER}"
 LEAST = -9999.0  # what JSON is told instead of −∞

@@ -8,7 +8,8 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from peft_jax.serving import answers, metrics
-from peft_jax.serving.events import Event, Refused
+from peft_jax.serving.events import Event
+from peft_jax.serving.requests import Refused
 from peft_jax.serving.worker import Stream, Worker
 
 

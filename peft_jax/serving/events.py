@@ -2,41 +2,10 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-from peft_jax.serving.requests import Sampling
-
-Finish = Literal["stop", "length", "cancelled", "aborted", "error"]
-
-
-class Refused(Exception):
-    """A request that is not served, and why, in one sentence.
-
-    Args:
-        reason: what is told to the client.
-        status: the HTTP status: 400, 401, 403, 404, 408, 413, 415, 429, 500 or 503.
-        retry_after: seconds after which another try may do.
-        param: the field of the request that is at fault.
-        code: OpenAI's name of the error, for programs.
-
-    >>> Refused("The queue is full.", status=429, retry_after=2.0).status
-    429
-    """
-
-    def __init__(
-        self,
-        reason: str,
-        status: int = 400,
-        retry_after: float | None = None,
-        param: str | None = None,
-        code: str | None = None,
-    ) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.status = status
-        self.retry_after = retry_after
-        self.param = param
-        self.code = code
+from peft_jax.serving.requests import Finish, Sampling
+from peft_jax.serving.store import AdapterInfo
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,18 +41,6 @@ class Event:
     finish: Finish | None = None
     reason: str = ""
     usage: Usage | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class AdapterInfo:
-    """An adapter that is registered: where it lies, how large it is, and how many requests use it now."""
-
-    name: str
-    directory: str
-    rank: int
-    rows: int
-    state: Literal["disk", "host", "loading", "resident", "draining"]
-    users: int = 0
 
 
 @runtime_checkable
@@ -131,3 +88,6 @@ class Engine(Protocol):
 
     def stats(self) -> Mapping[str, float]:
         """Counters, whose names end in ``_total``, and gauges; a label stands in braces: ``finished_total{stop}``."""
+
+    def close(self) -> None:
+        """Ends its own threads; nothing is asked of it from then on."""

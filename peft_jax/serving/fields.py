@@ -4,7 +4,7 @@ import json
 import math
 from typing import Any
 
-from peft_jax.serving.events import Refused
+from peft_jax.serving.requests import Refused
 
 # What leaves the answer as it is, whatever its value.
 IGNORED = {

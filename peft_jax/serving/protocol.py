@@ -8,9 +8,8 @@ import dataclasses
 import json
 from typing import Any
 
-from peft_jax.serving.events import Refused
 from peft_jax.serving.fields import Fields, encodable, show
-from peft_jax.serving.requests import Sampling
+from peft_jax.serving.requests import Refused, Sampling
 
 MOST_LOGPROBS = 20
 MOST_STOPS = 16

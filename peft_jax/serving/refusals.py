@@ -7,7 +7,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from peft_jax.serving import answers
-from peft_jax.serving.events import Refused
+from peft_jax.serving.requests import Refused
 
 
 def unknown(name: str) -> Refused:

@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from peft_jax.serving.events import Engine, Event, Refused
-from peft_jax.serving.requests import Sampling
+from peft_jax.serving.events import Engine, Event
+from peft_jax.serving.requests import Refused, Sampling
 
 T = TypeVar("T")
 PAUSE = 0.001  # seconds between steps that did nothing, where an engine waits for a load
@@ -203,6 +203,10 @@ class Worker:
             command = self._commands.get()
             if command is not None and command[1] is not None and command[1].set_running_or_notify_cancel():
                 command[1].set_exception(gone)
+        try:
+            self.engine.close()
+        except Exception:
+            logger.exception("The engine could not be closed")
 
 
 def _put(now: float, batch: list[tuple[Stream, int, Event]]) -> None:
