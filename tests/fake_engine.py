@@ -45,6 +45,7 @@ class FakeEngine:
         self.room, self.delay = room, delay
         self.paused = self.broken = False
         self.running, self.cancelled, self.submitted, self.steps = {}, [], [], 0
+        self.closed, self.leaving = False, []
         self.known = {"poems": "/adapters/poems", "law": "/adapters/law"}
 
     @property
@@ -110,11 +111,17 @@ class FakeEngine:
         self.known[name] = directory
 
     def unload(self, name):
-        del self.known[name]
+        directory = self.known.pop(name)
+        if any(run.adapter == name for run in self.running.values()):
+            self.leaving.append((name, directory))
+
+    def close(self):
+        self.closed = True
 
     def adapters(self):
         users = [run.adapter for run in self.running.values()]
-        return [AdapterInfo(n, d, 8, 64, "resident", users.count(n)) for n, d in self.known.items()]
+        own = [AdapterInfo(name, at, 8, 64, "resident", users.count(name)) for name, at in self.known.items()]
+        return [*(AdapterInfo(name, at, 8, 64, "draining", 1) for name, at in self.leaving), *own]
 
     def stats(self):
         return {

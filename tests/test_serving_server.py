@@ -181,6 +181,8 @@ def test_an_unknown_model_and_a_context_too_long(server):
         server.client.chat.completions.create(model="toy/base", messages=[{"role": "user", "content": "x" * 600}])
     with pytest.raises(openai.BadRequestError, match="prompt has no token"):
         server.client.completions.create(model="toy/base", prompt="")
+    with pytest.raises(openai.BadRequestError, match="prompt has token 257, and there are 257"):
+        server.client.completions.create(model="toy/base", prompt=[256, 257])
     assert not server.engine.submitted
 
 
@@ -336,6 +338,10 @@ def test_loading_stays_in_the_allowed_directories(tmp_path):
             assert load(name, "good")[0] == 400, name
         assert load("two", "good")[1] == "lora_name 'two' is taken."
         assert load("toy/base", "good")[0] == 400
+        again = {"lora_name": "two", "lora_path": "inner", "load_inplace": True}
+        assert client.post("/v1/load_lora_adapter", json=again).json()["root"] == str(allowed / "good")
+        again = {"lora_name": "toy/base", "lora_path": "inner", "load_inplace": True}
+        assert client.post("/v1/load_lora_adapter", json=again).status_code == 400
         status, message = load("corrupt", "bad")
         assert status == 400 and "is no safetensors file" in message
         assert client.post("/v1/load_lora_adapter", json={"lora_name": "x"}).status_code == 400
@@ -348,6 +354,21 @@ def test_loading_stays_in_the_allowed_directories(tmp_path):
         assert client.post("/v1/unload_lora_adapter", json={"lora_name": "two"}).status_code == 404
         assert client.post("/v1/completions", json={**HELLO, "model": "two"}).status_code == 404
         assert client.get("/health").status_code == 200
+
+
+def test_a_name_is_free_while_its_last_requests_are_finished(tmp_path):
+    with serving(settings=Settings(allow_loading=(tmp_path,))) as it:
+        it.engine.paused = True
+        running = in_thread(lambda: it.client.completions.create(**{**HELLO, "model": "law"}))
+        until(lambda: it.engine.running)
+        assert it.http.post("/v1/unload_lora_adapter", json={"lora_name": "law"}).status_code == 200
+        assert [info.state for info in it.engine.adapters() if info.name == "law"] == ["draining"]
+        assert {model.id for model in it.client.models.list()} == {"toy/base", "poems"}
+        assert it.http.post("/v1/unload_lora_adapter", json={"lora_name": "law"}).status_code == 404
+        new = it.http.post("/v1/load_lora_adapter", json={"lora_name": "law", "lora_path": str(tmp_path)})
+        assert new.status_code == 200 and new.json()["state"] == "resident"
+        it.engine.paused = False
+        assert running().choices[0].text == "law: Hello"
 
 
 # -- metrics -----------------------------------------------------------------------------------------------------------

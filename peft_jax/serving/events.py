@@ -88,3 +88,6 @@ class Engine(Protocol):
 
     def stats(self) -> Mapping[str, float]:
         """Counters, whose names end in ``_total``, and gauges; a label stands in braces: ``finished_total{stop}``."""
+
+    def close(self) -> None:
+        """Ends its own threads; nothing is asked of it from then on."""

@@ -15,8 +15,8 @@ def tokenise(tokenizer: Any, ask: Ask, context: int) -> list[tuple[tuple[int, ..
     A prompt's special tokens are added as the tokenizer does; a chat's stand in its template.
 
     Raises:
-        Refused: on an empty prompt, on one that leaves no room for what was asked, and where the tokenizer has no
-            template or the template will not take the messages.
+        Refused: on an empty prompt, an unknown token, a prompt that leaves no room for what was asked, and where the
+            tokenizer has no template or the template will not take the messages.
     """
     if ask.messages is not None:
         prompts = [(chat(tokenizer, ask.messages), "messages")]
@@ -29,6 +29,8 @@ def tokenise(tokenizer: Any, ask: Ask, context: int) -> list[tuple[tuple[int, ..
     for prompt, param in prompts:
         if not prompt:
             raise Refused(f"{param} has no token.", param=param)
+        if max(prompt) >= len(tokenizer):
+            raise Refused(f"{param} has token {max(prompt)}, and there are {len(tokenizer)} from 0 on.", param=param)
         most = context - len(prompt) if ask.max_tokens is None else ask.max_tokens
         if most < 1 or len(prompt) + most > context:
             asked = "" if ask.max_tokens is None else f" and {ask.max_tokens} to generate"

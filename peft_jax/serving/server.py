@@ -193,8 +193,7 @@ class Server:
         raise unknown(name)
 
     async def _cards(self) -> list[dict[str, Any]]:
-        found = await self.worker.call(lambda engine: engine.adapters())
-        return [self._card(None), *(self._card(info) for info in found)]
+        return [self._card(None), *map(self._card, await self.worker.call(_served))]
 
     def _card(self, info: AdapterInfo | None) -> dict[str, Any]:
         card = {"object": "model", "created": self._started, "owned_by": "peft_jax", "max_model_len": self.context}
@@ -206,17 +205,18 @@ class Server:
     # -- adapters -----------------------------------------------------------------------------------------------------
 
     async def load(self, request: Request) -> Response:
-        """Registers an adapter: lora_name, lora_path."""
+        """Registers an adapter: lora_name, lora_path; load_inplace for one whose name is taken."""
         fields = await self._loading(request)
         name, path = fields.need("lora_name", "a string"), fields.need("lora_path", "a string")
+        instead = fields.take("load_inplace", "true or false", False)
         fields.end()
         allowed.name(name, taken=[self.base])
         found = await asyncio.to_thread(allowed.directory, path, self.settings.allow_loading)
 
         def go(engine: Engine) -> AdapterInfo:
-            allowed.name(name, taken=[info.name for info in engine.adapters()])
+            allowed.name(name, taken=[] if instead else [info.name for info in _served(engine)])
             engine.load(name, str(found))
-            return next(info for info in engine.adapters() if info.name == name)
+            return next(info for info in _served(engine) if info.name == name)
 
         return JSONResponse(self._card(await self._adapters(go, f"lora_path {path!r}")))
 
@@ -227,7 +227,7 @@ class Server:
         fields.end()
 
         def go(engine: Engine) -> None:
-            if name not in [info.name for info in engine.adapters()]:
+            if name not in [info.name for info in _served(engine)]:
                 raise unknown(name)
             engine.unload(name)
 
@@ -331,3 +331,8 @@ class Server:
         except TimeoutError:
             raise Refused(f"The body took more than {self.settings.body_seconds:g} s.", status=408) from None
         return bytes(body)
+
+
+def _served(engine: Engine) -> list[AdapterInfo]:
+    """Without loads that only finish what they have: another may go by the same name."""
+    return [info for info in engine.adapters() if info.state != "draining"]

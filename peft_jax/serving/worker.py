@@ -203,6 +203,10 @@ class Worker:
             command = self._commands.get()
             if command is not None and command[1] is not None and command[1].set_running_or_notify_cancel():
                 command[1].set_exception(gone)
+        try:
+            self.engine.close()
+        except Exception:
+            logger.exception("The engine could not be closed")
 
 
 def _put(now: float, batch: list[tuple[Stream, int, Event]]) -> None:
