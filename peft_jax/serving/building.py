@@ -33,6 +33,7 @@ def build_engine(
     policy: str = "fcfs",
     dtype: str = "float32",
     quantise: str = "none",
+    warm_up: bool = True,
     **options: Any,
 ) -> Engine:
     """The engine for a model and the adapters in a directory, each in one of its own, ready to serve.
@@ -47,6 +48,7 @@ def build_engine(
         policy: "fcfs", "cluster", "abort" or "fair".
         dtype: of weights, activations and the pool.
         quantise: "none", "nf4" or "int4": the base's matrices in four bits.
+        warm_up: compiles all that requests can need before it is given back; else what they need, when they do.
         options: further ones of `Engine`.
 
     Raises:
@@ -96,6 +98,8 @@ def build_engine(
     for folder in found:
         engine.load(folder.name, folder)
     logger.info("%s: %d rows (%.2f GB), %d adapters", name, rows, rows * row / 1e9, len(found))
+    if warm_up:
+        logger.info("%d programs are compiled", engine.warm_up())
     return engine
 
 

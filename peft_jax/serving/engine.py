@@ -297,7 +297,7 @@ class Engine:
         for rank in (0, *self.shapes.ranks):
             for earlier in self.shapes.context:
                 for batch, length in ((self.shapes.prompts, self.shapes.chunk), *((n, 1) for n in self.shapes.rows)):
-                    self.device.step(_empty(batch, length, earlier, self.device, rank))
+                    np.asarray(self.device.step(_empty(batch, length, earlier, self.device, rank)).token)
         largest = pool.Tables(self.targets, self.device.width, self.shapes.ranks[-1]).size
         layers = self.device.layers
         for power in range(largest.bit_length() + 1):
