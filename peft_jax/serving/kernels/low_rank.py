@@ -58,21 +58,30 @@ class _Matrix(NamedTuple):
 
     def tile(self, b: Array, k: Array, first: Array, size: int, mine: Array) -> Array:
         """Numbers from `first` on of the directions `k`, zeros beyond the edges: ``[directions, size]``."""
-        segment = min(size, _power_of_two(math.gcd(self.wide, self.row)))
+        segment, lanes = min(size, segment_of(self.wide, self.row)), k.shape[0]
         begin = first + jnp.arange(size // segment) * segment
         number = k[:, None] * self.wide + begin[None, :]
         inside = (k < mine)[:, None] & (begin < self.wide)[None, :]
         ids = triton.load(self.table.at[b, number // self.row], mask=inside, other=0)
-        shape = (*number.shape, segment)
-        column = (number % self.row)[:, :, None] + jnp.arange(segment)[None, None, :]
-        ids = jnp.broadcast_to(ids[:, :, None], shape).reshape(k.shape[0], size)
-        column = column.reshape(k.shape[0], size)
+        column = number % self.row
+        if segment == size:  # without a change of shape the compiler sees that columns follow each other
+            column = column + jnp.arange(segment)[None, :]
+            ids = jnp.broadcast_to(ids, (lanes, size))
+        else:
+            column = (column[:, :, None] + jnp.arange(segment)[None, None, :]).reshape(lanes, size)
+            ids = jnp.broadcast_to(ids[:, :, None], (*number.shape, segment)).reshape(lanes, size)
         return triton.load(self.rows.at[self.layer[0], ids, column], mask=ids > 0, other=0.0)
 
 
-def _power_of_two(n: int) -> int:
-    """The largest that divides n."""
-    return n & -n
+def segment_of(wide: int, row: int) -> int:
+    """How many numbers are sure to follow each other: the largest power of two in a direction and in a row."""
+    both = math.gcd(wide, row)
+    return both & -both
+
+
+def tile_of(wide: int, row: int, most: int) -> int:
+    """Numbers of a tile: one segment where that is 64 or more, so that they are loaded as they lie."""
+    return min(most, pad_rows(wide), max(64, segment_of(wide, row)))
 
 
 def _shrink(
@@ -168,8 +177,8 @@ def lowrank(
     name, chosen = ("mbgmv", blocks or DECODE) if time == 1 else ("mbgmm", blocks or PREFILL)
     blocks = chosen._replace(
         directions=min(chosen.directions, pad_rows(rank)),
-        inputs=min(chosen.inputs, pad_rows(inputs)),
-        outputs=min(chosen.outputs, pad_rows(outputs)),
+        inputs=tile_of(inputs, rows.shape[2], chosen.inputs),
+        outputs=tile_of(outputs, rows.shape[2], chosen.outputs),
         tokens=1 if time == 1 else min(chosen.tokens, pad_rows(time)),
     )
     tiles, tokens, across = (
