@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
+from experiments import bench_serving_kernels
 from peft_jax.serving.kernels import low_rank, lowrank, paged, paged_attention
 
 RANDOM = np.random.RandomState(0)
@@ -280,3 +281,18 @@ def test_errors_name_what_is_wrong() -> None:
         paged_attention(q, new, new, rows, 0, tables, tables, counts, counts, 1.0)
     with pytest.raises(ValueError, match="a row of the pool has 16 numbers, where 3 heads of 8 are 24"):
         paged_attention(q, q, q, rows, 0, tables, tables, counts, counts, 1.0)
+
+
+@pytest.mark.usefixtures("quick_compiles")
+def test_the_benchmark_at_a_toy_size(capsys: pytest.CaptureFixture[str]) -> None:
+    bench_serving_kernels.main()
+    shown = capsys.readouterr().out
+    assert "Device: cpu" in shown and "the times say nothing" in shown
+    rows = [line.strip("| ").split(" | ") for line in shown.splitlines() if line.startswith(("| decode", "| p", "| a"))]
+    assert [row[0] for row in rows] == [
+        "decode, 3 rows",
+        "prefill, 2 rows of 7 tokens",
+        "attention, 3 rows",
+        "attention, 2 rows of 7 tokens",
+    ]
+    assert all(float(row[6]) < 1e-6 for row in rows)
