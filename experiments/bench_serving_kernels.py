@@ -18,7 +18,9 @@ all layers' memory.  An error is ‖y − y₆₄‖ / ‖y₆₄‖ of one laye
 
 import functools
 import json
+import statistics
 import sys
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import bench_kernels, provenance
+from experiments import provenance
 from peft_jax import attention
 from peft_jax.serving.kernels import low_rank, paged, xla
 
@@ -88,29 +90,31 @@ def pool(plan: Plan, count: int) -> jax.Array:
     return rows.at[:, 0].set(0)
 
 
-def timed(fn: Any, args: tuple[Any, ...], leaves: list[Any], plan: Plan) -> float:
-    return bench_kernels.seconds(fn, args, leaves, bench_kernels.Plan(batches=plan.repeats))
-
-
 def rows_of(what: str, sides: dict[str, Any], expected: np.ndarray, plan: Plan) -> list[dict[str, Any]]:
-    """A row a side: its time, and its error in the last layer that it has."""
+    """A row a side: its time a call, one for each layer's leaf, and its error in the last layer that it has."""
     found = []
     for by, (fn, args, leaves) in sides.items():
-        off = error(jax.jit(fn)(*args, leaves[-1])[:4], expected)
+        program = jax.jit(lambda args, leaves, fn=fn: [fn(*args, leaf) for leaf in leaves])
+        off = error(program(args, leaves)[-1][:4], expected)
+        times = []
+        for _ in range(plan.repeats):
+            begin = time.perf_counter()
+            jax.block_until_ready(program(args, leaves))
+            times.append(time.perf_counter() - begin)
         row = {"what": what, "by": by.split(":")[0], "tiling": by.partition(":")[2], "error": off}
-        found.append(row | {"seconds": timed(fn, args, leaves, plan)})
+        found.append(row | {"seconds": statistics.median(times) / len(leaves)})
         print(found[-1], file=sys.stderr)
     return found
 
 
-def products(batch: int, time: int, plan: Plan) -> list[dict[str, Any]]:
+def products(batch: int, tokens: int, plan: Plan) -> list[dict[str, Any]]:
     """One projection of the model for a batch whose ranks are mixed."""
     ranks = [plan.ranks[-1 - i % len(plan.ranks)] for i in range(batch)]
     most = max(ranks)
     a_rows, taken = scrambled(ranks, most, 1)
     b_rows, taken = scrambled(ranks, most, taken)
     rows, tables = pool(plan, taken), (jnp.asarray(a_rows), jnp.asarray(b_rows))
-    x = normal(2, batch, time, plan.wide, dtype=plan.dtype)
+    x = normal(2, batch, tokens, plan.wide, dtype=plan.dtype)
     layers = [jnp.int32(i) for i in range(plan.layers)]
 
     def by_pool(product: Any, x: Any, rows: Any, a_rows: Any, b_rows: Any, layer: Any) -> Any:
@@ -130,7 +134,7 @@ def products(batch: int, time: int, plan: Plan) -> list[dict[str, Any]]:
     pairs = [pair_of(layer) for layer in layers]
     whole = [jnp.einsum("bri,bro->bio", *pair) for pair in pairs[:last]]
     sides: dict[str, Any] = {}
-    kind = "decode" if time == 1 else "prefill"
+    kind = "decode" if tokens == 1 else "prefill"
     for tiling in TILINGS[kind][: plan.tilings]:
         kernel = functools.partial(low_rank.lowrank, interpret=plan.interpret, blocks=tiling)
         sides[f"kernel:{tiling}"] = functools.partial(by_pool, kernel), (x, rows, *tables), layers
@@ -138,7 +142,7 @@ def products(batch: int, time: int, plan: Plan) -> list[dict[str, Any]]:
     sides["padded"] = by_pair, (x,), pairs
     a, b = (exact(each)[:4] for each in pairs[-1])
     expected = np.einsum("bti,bri,bro->bto", exact(x)[:4], a, b, optimize=True)
-    what = f"{kind}, {batch} rows" + ("" if time == 1 else f" of {time} tokens")
+    what = f"{kind}, {batch} rows" + ("" if tokens == 1 else f" of {tokens} tokens")
     found = rows_of(what, sides, expected, plan)
     a, b = (exact(each)[:4] for each in pairs[last - 1])
     expected = np.einsum("bti,bri,bro->bto", exact(x)[:4], a, b, optimize=True)
@@ -146,24 +150,24 @@ def products(batch: int, time: int, plan: Plan) -> list[dict[str, Any]]:
     return [row | {"read": read} for row in found + rows_of(what, {"dense": (by_matrix, (x,), whole)}, expected, plan)]
 
 
-def attended(batch: int, time: int, plan: Plan) -> list[dict[str, Any]]:
+def attended(batch: int, tokens: int, plan: Plan) -> list[dict[str, Any]]:
     """One layer's attention for a batch whose pasts are an eighth to the whole of the longest."""
     dim = plan.wide // plan.heads
     past = [max(1, plan.context * (8 - i % 8) // 8) for i in range(batch)]
     keys, taken = scrambled(past, plan.context, 1)
     seen, taken = scrambled(past, plan.context, taken)
     rows = pool(plan, taken) * jnp.asarray(plan.wide**0.5, plan.dtype)
-    q, k, v = (normal(i, batch, time, plan.heads, dim, dtype=plan.dtype) for i in (3, 4, 5))
+    q, k, v = (normal(i, batch, tokens, plan.heads, dim, dtype=plan.dtype) for i in (3, 4, 5))
     layers, scale = [jnp.int32(i) for i in range(plan.layers)], dim**-0.5
     arguments = q, k, v, rows, jnp.asarray(keys), jnp.asarray(seen), jnp.asarray(past, jnp.int32)
 
     def by_pool(run: Any, q: Any, k: Any, v: Any, rows: Any, keys: Any, seen: Any, past: Any, layer: Any) -> Any:
-        new = jnp.full(batch, time, jnp.int32)
+        new = jnp.full(batch, tokens, jnp.int32)
         return run(q, k, v, rows, layer, keys, seen, past, new, scale, jnp.int32(2**30), None)
 
     def by_piece(q: Any, k: Any, v: Any, past: Any, pair: Any) -> Any:
         """Keys and values in one piece, the new ones behind the padding."""
-        at, steps = jnp.arange(plan.context, dtype=jnp.int32), jnp.arange(time, dtype=jnp.int32)
+        at, steps = jnp.arange(plan.context, dtype=jnp.int32), jnp.arange(tokens, dtype=jnp.int32)
         order = past[:, None] + steps[None]
         held = jnp.concatenate([jnp.where(at[None] < past[:, None], at[None], 2**30), order], 1)
         key, value = (jnp.concatenate([old, new], 1) for old, new in zip(pair, (k, v), strict=True))
@@ -184,10 +188,10 @@ def attended(batch: int, time: int, plan: Plan) -> list[dict[str, Any]]:
         key, value = (np.concatenate([exact(old[b, : past[b]]), exact(new[b])])
                       for old, new in zip(pieces[-1], (k, v), strict=True))  # fmt: skip
         scores = np.einsum("thd,jhd->htj", exact(q[b]), key) * scale
-        hidden = np.arange(len(key))[None] > past[b] + np.arange(time)[:, None]
+        hidden = np.arange(len(key))[None] > past[b] + np.arange(tokens)[:, None]
         shares = np.exp(np.where(hidden[None], -np.inf, scores - scores.max()))
         expected.append(np.einsum("htj,jhd->thd", shares / shares.sum(-1, keepdims=True), value))
-    what = f"attention, {batch} rows" + ("" if time == 1 else f" of {time} tokens")
+    what = f"attention, {batch} rows" + ("" if tokens == 1 else f" of {tokens} tokens")
     read = 2 * sum(past) * plan.wide * rows.dtype.itemsize
     return [row | {"read": read} for row in rows_of(what, sides, np.stack(expected), plan)]
 

@@ -127,14 +127,17 @@ def _expand(h: Any, rows: Any, layer: Any, table: Any, ranks: Any, out: Any, *, 
     def step(j: Array, total: Array) -> Array:
         k = j * blocks.directions + jnp.arange(blocks.directions)
         numbers = matrix.tile(b, k, first, blocks.outputs, mine)
+        parts = []
+        for split in range(h.shape[0]):
+            if time == 1:
+                parts.append(h[split, b, 0, k])
+            else:
+                where = h.at[split, b, t[:, None], k[None, :]]
+                parts.append(triton.load(where, mask=(t < time)[:, None], other=0.0))
+        weights = functools.reduce(jnp.add, parts)
         if time == 1:
-            weights = sum(h[s, b, 0, k] for s in range(h.shape[0]))
             return total + numbers.astype(jnp.float32) * weights[:, None]
-        real = (t < time)[:, None]
-        each = (
-            triton.load(h.at[s, b, t[:, None], k[None, :]], mask=real, other=0.0) for s in range(h.shape[0])
-        )  # fmt: skip
-        return total + _dot(sum(each).astype(dtype), numbers.astype(dtype), 0)
+        return total + _dot(weights.astype(dtype), numbers.astype(dtype), 0)
 
     needed = (mine + blocks.directions - 1) // blocks.directions
     inside = columns < wide

@@ -75,11 +75,9 @@ def _attention(
     def of_past(j: Array, so_far: Any) -> Any:
         at = j * blocks.keys + jnp.arange(blocks.keys)
         inside = at < filled
-        found = []
-        for table in (key_rows, value_rows):
-            ids = triton.load(table.at[b, at], mask=inside, other=0)
-            found.append(load(rows, (layer[0], ids[:, None], (head * dim + d)[None, :]), inside))
-        return add(so_far, *found, filled + token[:, None] - at[None, :], inside)
+        ids = (triton.load(table.at[b, at], mask=inside, other=0) for table in (key_rows, value_rows))
+        key, value = (load(rows, (layer[0], each[:, None], (head * dim + d)[None, :]), inside) for each in ids)
+        return add(so_far, key, value, filled + token[:, None] - at[None, :], inside)
 
     def of_new(j: Array, so_far: Any) -> Any:
         at = j * blocks.keys + jnp.arange(blocks.keys)
