@@ -99,7 +99,7 @@ def test_lowered_for_cuda(time: int) -> None:
         name = f"tensor<4x200000x{wide}x{'f32' if dtype == jnp.float32 else 'bf16'}>"
         lines = [line for line in text.splitlines() if name in line]
         readers = {found[1] for line in lines if (found := re.search(r"%[\w:]+ = \"?([\w.]+)", line))}
-        assert readers == {"func.call", "stablehlo.custom_call", "stablehlo.while"}
+        assert readers - {"func.call"} == {"stablehlo.custom_call", "stablehlo.while"}
 
 
 # -- products ---------------------------------------------------------------------------------------------------------
@@ -164,8 +164,9 @@ def test_each_row_meets_its_own_adapter(inputs: int, outputs: int, wide: int, ti
 
 @pytest.mark.usefixtures("quick_compiles")
 def test_tiles_of_tokens_directions_and_inputs() -> None:
-    """Small tiles, so that each loop runs several times and has a part of a tile left over."""
+    """Small tiles, so that each loop runs several times and has a part of a tile left over; 0 is not even read."""
     pool = Pool(200, 16)
+    pool.rows[:, 0] = np.nan
     a, b = values(20, 40), values(20, 24)
     a_rows, b_rows = table([pool.write(a), []], 60), table([pool.write(b), []], 36)
     for time in (1, 19):
