@@ -17,7 +17,7 @@ laptop   SmolLM2-135M with interpolated positions, on Moby-Dick (`experiments.lo
          wrapped        the same by the paper's algorithm 1, whose last shifted group holds the text's beginning too
 
          All rows that train have LongLoRA's parts: LoRA of rank 8 on q, k, v and o, embeddings and norms whole.  The
-         paper's were trained in full.  40 steps of 256 tokens.
+         paper's were trained in full.  80 steps of 256 tokens.
 
          passkey-base, -interpolated, -shifted   the share of passkeys found, five a seed and length
 

@@ -19,9 +19,30 @@ from peft_jax.attention import EVERYWHERE, Visible
 from peft_jax.core import Inputs, Ports
 
 
+class KeyValues:
+    """What a layer's attention reads beside its own tokens, and writes: `attend`; `advance` once all layers have.
+
+    One that lays out the sequence itself has `arrange` (`peft_jax.serving.pool`)."""
+
+    def attend(
+        self,
+        attend: Callable[..., Array],
+        layer: Array,
+        query: Array,
+        key: Array | None,
+        value: Array | None,
+        visible: Visible,
+        scale: float,
+    ) -> tuple[Array, "KeyValues"]:
+        raise NotImplementedError
+
+    def advance(self, rows: int) -> "KeyValues":
+        raise NotImplementedError
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class Cache:
+class Cache(KeyValues):
     """A key-value cache: keys and values ``[layers, batch, slots, kv_heads, dim]``, the segment of each filled slot
     (0 where a slot is padding or empty) ``[batch, slots]``, and how many slots are filled; once it is started, also how
     many rows the first call's ports put before the tokens."""
@@ -47,6 +68,22 @@ class Cache:
         """An empty cache with so many slots more, for what is put before the tokens."""
         more = lambda x, axis: jnp.pad(x, [(0, rows * (i == axis)) for i in range(x.ndim)])  # noqa: E731
         return Cache(more(self.keys, 2), more(self.values, 2), more(self.segments, 1), self.filled, before=rows)
+
+    def attend(
+        self,
+        attend: Callable[..., Array],
+        layer: Array,
+        query: Array,
+        key: Array | None,
+        value: Array | None,
+        visible: Visible,
+        scale: float,
+    ) -> tuple[Array, "Cache"]:
+        """Attention over all that the cache holds once this layer's rows are written.  Without new keys, over what it
+        holds already: a source, read by an earlier call."""
+        cache = self if key is None or value is None else self.write(layer, key, value)
+        keys, values = cache.keys[layer].astype(query.dtype), cache.values[layer].astype(query.dtype)
+        return attend(query, keys, values, visible, scale), cache
 
     def advance(self, rows: int) -> "Cache":
         """After all layers have written: the next call's tokens go behind these."""
@@ -76,10 +113,10 @@ class Sequence(NamedTuple):
     key_positions: Array
     visible: Visible
     prefix: Any
-    cache: Cache | None
+    cache: Any
     rows: tuple[int, int]  # put before the tokens: by the prefix, by the prompt
 
-    def finish(self, x: Array, cache: Cache | None) -> Any:
+    def finish(self, x: Array, cache: KeyValues | None) -> Any:
         """The real tokens' features, with the cache, if there is one, ready for the next call."""
         prefix, prompt = self.rows
         rows = prefix + x.shape[1]
@@ -93,6 +130,8 @@ def arrange(inputs: Inputs, x: Float[Array, "batch time width"], ports: Ports, c
     Given positions are those of the tokens alone, too: what is put before them is added.
     """
     (batch, time), cache = inputs.tokens.shape[:2], inputs.cache
+    if hasattr(cache, "arrange"):  # one that lays out its rows itself (`peft_jax.serving.pool`)
+        return cache.arrange(inputs, x)
     started = cache is not None and cache.before is not None
     prompt, prefix = (None, None) if started else (ports.prompt, ports.prefix)
     before = 0 if prefix is None else prefix[0].shape[-3]
@@ -208,17 +247,15 @@ def layer_attention(
     visible: Visible,
     scale: float,
     prefix: Any,
-    cache: Cache | None,
+    cache: Any,
     layer: Array | None,
-) -> tuple[Float[Array, "batch time heads dim"], Cache | None]:
-    """Attention over the layer's prefix and the new keys, or, with a cache, over all that it holds once this layer's
-    rows are written.  Without new keys, over what the cache holds already: a source, read by an earlier call."""
+) -> tuple[Float[Array, "batch time heads dim"], Any]:
+    """Attention over the layer's prefix and the new keys, or, with a cache, over all that it holds (`Cache.attend`)."""
     if prefix is not None and key is not None and value is not None:
         key, value = _behind(prefix[0], key), _behind(prefix[1], value)
     if cache is not None:
         assert layer is not None
-        cache = cache if key is None or value is None else cache.write(layer, key, value)
-        key, value = cache.keys[layer].astype(query.dtype), cache.values[layer].astype(query.dtype)
+        return cache.attend(attend, layer, query, key, value, visible, scale)
     return attend(query, key, value, visible, scale), cache
 
 

@@ -12,7 +12,7 @@ import transformers as tf
 from oracles.parity import compiled
 from oracles.torch_models import pair, torch_logits
 
-from peft_jax import Forward, Inputs
+from peft_jax import Forward, Inputs, sampling
 from peft_jax.methods import lora
 from peft_jax.models import decoding, generate, generate_tokens, gpt2
 
@@ -109,7 +109,7 @@ def test_tokens_without_an_end(model: Any, prompts: Any) -> None:
 
 
 def test_restrict_equals_transformers_processors() -> None:
-    restrict = compiled(decoding.restrict)
+    restrict = compiled(sampling.restrict)
     logits = np.random.default_rng(1).normal(size=(6, 50)).astype(np.float32) * 3
     for temperature, k, p in [
         (0.7, 5, None),
@@ -127,7 +127,7 @@ def test_restrict_equals_transformers_processors() -> None:
         np.testing.assert_array_equal(np.isneginf(found), np.isneginf(expected))
         np.testing.assert_allclose(found, expected, rtol=1e-6)
     tied = jnp.array([[1.0, 0.0, 1.0, 0.0, 0.0]])
-    assert np.isfinite(decoding.restrict(tied, 1.0, None, 0.9)).all(), "equals at the border stay together"
+    assert np.isfinite(sampling.restrict(tied, 1.0, None, 0.9)).all(), "equals at the border stay together"
 
 
 def test_sampling_draws_from_the_restricted_distribution(model: Any, prompts: Any) -> None:
@@ -137,7 +137,7 @@ def test_sampling_draws_from_the_restricted_distribution(model: Any, prompts: An
     draw = {"max_new_tokens": 1, "temperature": 0.8, "top_k": 12, "top_p": 0.9}
     drawn = np.asarray(generate_tokens(forward, params, tokens, key=jax.random.key(5), **draw))[:, 0]
     logits = jnp.asarray(torch_logits(torch_model, tokens[:1])[:, -1])
-    expected = np.asarray(jax.nn.softmax(decoding.restrict(logits, 0.8, 12, 0.9)))[0]
+    expected = np.asarray(jax.nn.softmax(sampling.restrict(logits, 0.8, 12, 0.9)))[0]
     assert 3 <= (expected > 0).sum() <= 12
     spread = np.sqrt(expected * (1 - expected) / rows)
     assert (abs(np.bincount(drawn, minlength=VOCAB) / rows - expected) <= 4 * spread).all()

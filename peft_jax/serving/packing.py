@@ -1,0 +1,87 @@
+"""An adapter as rows of the pool: read from its directory, checked against the base, laid flat.
+
+What a row of the batch adds at a target is ``x Aᵀ B``, so every kind of adapter that is a product of low rank goes in,
+with its scales taken into B: LoRA (rsLoRA, ranks that differ by module or layer), DyLoRA at its rank in use, AdaLoRA
+after its pruning, VeRA with its frozen pair written out (r directions each: S-LoRA has no shared ones).
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from peft_jax import trees
+from peft_jax.core import Params, Path
+from peft_jax.interop import hf_peft
+from peft_jax.methods.lora import LoRA
+from peft_jax.serving.pool import Target
+from peft_jax.weights import is_weight
+
+
+class Packed(NamedTuple):
+    """block   ``[layers, n, width]``, the adapter's rows
+    spans   by target, where A begins in them, where B does, and where it ends
+    rank    the largest of its ranks
+    """
+
+    block: Float[np.ndarray, "layers n width"]
+    spans: Mapping[Path, tuple[int, int, int]]
+    rank: int
+
+    def ids(self, rows: np.ndarray) -> dict[Path, tuple[np.ndarray, np.ndarray]]:
+        """The rows of A and of B at each target, once the block lies in these rows."""
+        return {path: (rows[a:b], rows[b:end]) for path, (a, b, end) in self.spans.items()}
+
+
+def read(directory: str | os.PathLike[str], model: Any, targets: tuple[Target, ...], width: int, dtype: Any) -> Packed:
+    """An adapter in HF PEFT's format, for this base.
+
+    Raises:
+        FileNotFoundError, ValueError: as `interop.hf_peft.load`; where the adapter acts on what is no target, or is no
+            product of low rank.
+    """
+    return pack(hf_peft.load(directory, model)[0], targets, width, dtype)
+
+
+def pack(params: Params, targets: tuple[Target, ...], width: int, dtype: Any) -> Packed:
+    """The rows of an adapted tree.
+
+    Raises:
+        ValueError: if a leaf is adapted that is no target, or in another way than by a product of low rank.
+    """
+    wanted = {target.path: target for target in targets}
+    if added := sorted(params.get("ports", {})):
+        raise ValueError(f"the adapter has {added[0]} in its ports (a prompt or prefix): only products of low rank are")
+    parts, spans, n, rank = list[np.ndarray](), dict[Path, tuple[int, int, int]](), 0, 0
+    for path, leaf in trees.leaves(trees.share(params)).items():
+        if not is_weight(leaf) or not hasattr(leaf, "base"):
+            continue
+        if path not in wanted:
+            raise ValueError(
+                f"the adapter acts on {'/'.join(path)}, which is not served: its targets are matrices of the layers"
+            )
+        a, b = factors(leaf, "/".join(path))
+        rows = [_flat(x, width, dtype) for x in (a, b)]
+        spans[path] = (n, n + rows[0].shape[1], n + rows[0].shape[1] + rows[1].shape[1])
+        n, rank = spans[path][2], max(rank, a.shape[1])
+        parts += rows
+    if not parts:
+        raise ValueError("the adapter adapts nothing")
+    return Packed(np.concatenate(parts, 1), spans, rank)
+
+
+def factors(w: Any, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """``A [layers, r, in]`` and ``B [layers, r, out]`` in fp32, with every scale in B."""
+    if isinstance(w, LoRA):
+        a, b, scale = (np.asarray(jax.device_get(x), np.float32) for x in (w.a, w.b, w.scale))
+        return a.swapaxes(-1, -2), scale[:, None, None] * b
+    raise ValueError(f"the adapter has {type(w).__name__} at {where}, which is no product of low rank beside the base")
+
+
+def _flat(x: np.ndarray, width: int, dtype: Any) -> np.ndarray:
+    """``[layers, r, d]`` to ``[layers, rows, width]``, the last row filled up with zeros."""
+    x = x.reshape(len(x), -1)
+    return np.pad(x, ((0, 0), (0, -x.shape[1] % width))).reshape(len(x), -1, width).astype(dtype)
