@@ -14,7 +14,7 @@ import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from peft_jax.serving.requests import Refused
 AdapterState = Literal["disk", "loading", "host", "resident", "draining", "failed"]
 
 
+@runtime_checkable
 class Packed(Protocol):
     """An adapter in host memory: `block` is ``[layers, n, width]``, n rows of the pool; `rank` is its largest."""
 
