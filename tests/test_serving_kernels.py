@@ -49,13 +49,14 @@ def operands(count: int, time: int, dtype: Any = jnp.float32, wide: int = 64, di
 
 
 def step(given: dict[str, Any], rows: Any, index: Any, implementation: str) -> tuple[Any, Any]:
-    """A model's step in small: a scan over layers reads the pool, and one scatter behind it writes."""
+    """A model's step in small: a scan over layers (windows differ) reads the pool, one scatter writes."""
 
     def layer(x: Any, i: Any) -> Any:
         y = lowrank(given["x"], rows, i, given["a_rows"], given["b_rows"], 8, 32, implementation=implementation)
         rest = (given["tokens"], given["tokens"], given["counts"], given["counts"])
         z = paged_attention(
-            given["query"], given["new"], given["new"], rows, i, *rest, 0.3, implementation=implementation
+            given["query"], given["new"], given["new"], rows, i, *rest, 0.3, window=20 + i, cap=50.0,
+            implementation=implementation,
         )  # fmt: skip
         x = x + y.sum().astype(jnp.float32) + z.sum().astype(jnp.float32)
         return x, jnp.full((3, rows.shape[2]), x).astype(rows.dtype)
