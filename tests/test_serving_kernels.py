@@ -77,7 +77,7 @@ def test_cost_and_memory_do_not_follow_the_pool(time: int) -> None:
         memory: Any = compiled.memory_analysis()
         size = rows.size * 4
         assert memory.alias_size_in_bytes >= size  # it is written in place
-        assert memory.temp_size_in_bytes < size / 8
+        assert memory.temp_size_in_bytes < size / rows.shape[0]  # not even one layer of it
         found.append((cost["flops"], memory.temp_size_in_bytes))
     assert found[0] == found[1]
 
