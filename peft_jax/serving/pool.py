@@ -28,6 +28,7 @@ from peft_jax import trees
 from peft_jax.attention import Visible
 from peft_jax.core import Forward, Inputs, Params, Path, Spec
 from peft_jax.sequence import KeyValues, Sequence
+from peft_jax.serving import kernels
 from peft_jax.weights import Weight, linear, materialise, static
 
 NAME = "pool"
@@ -103,13 +104,8 @@ def low_rank(
     outputs: int,
 ) -> Float[Array, "... outputs"]:
     """``x[i] A_iᵀ B_i``, the matrices gathered once for each row of the batch, whose tokens follow one another in x."""
-    batch, inputs = a_rows.shape[0], x.shape[-1]
-    a = rows[layer, a_rows].reshape(batch, -1)[:, : rank * inputs].reshape(batch, rank, inputs)
-    b = rows[layer, b_rows].reshape(batch, -1)[:, : rank * outputs].reshape(batch, rank, outputs)
-    each = x.reshape(batch, -1, inputs)
-    inner = jnp.einsum("bti,bri->btr", each, a.astype(x.dtype), preferred_element_type=jnp.float32)
-    y = jnp.einsum("btr,bro->bto", inner.astype(x.dtype), b.astype(x.dtype), preferred_element_type=jnp.float32)
-    return y.astype(x.dtype).reshape(*x.shape[:-1], outputs)
+    each = x.reshape(a_rows.shape[0], -1, x.shape[-1])
+    return kernels.lowrank(each, rows, layer, a_rows, b_rows, rank, outputs).reshape(*x.shape[:-1], outputs)
 
 
 def adapt(params: Params, targets: tuple[Target, ...], layers: int) -> Params:
@@ -224,12 +220,10 @@ class Paged(KeyValues):
         # As they will be read from the pool by later calls, to the bit.
         key, value = (x.astype(self.rows.dtype).astype(query.dtype) for x in (key, value))
 
-        def all_of(ids: Array, own: Array) -> Array:
-            earlier = self.rows[layer, ids].astype(own.dtype).reshape(*ids.shape, *own.shape[2:])
-            return jnp.concatenate([earlier, own], 1)
-
-        y = attend(query, all_of(self.context[..., 0], key), all_of(self.context[..., 1], value), visible, scale)
-        return y, cache
+        if visible.bias is not None:
+            raise ValueError("attention over the pool knows no bias on scores")
+        given = (query, key, value, self.rows, layer, self.context[..., 0], self.context[..., 1], self.past, self.new)
+        return kernels.paged_attention(*given, scale, window=visible.window, cap=visible.cap), cache
 
     def advance(self, rows: int) -> "Paged":
         return self
