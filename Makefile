@@ -3,6 +3,7 @@
 #
 #   make setup    the library alone              make test     all tests
 #   make demo     fine-tune a real model         make lint     ruff and mypy
+#   make demo-serve    serve a hundred adapters from one base
 #   make test-matrix   all tests here, and all that need no torch with the newest JAX, which wants Python 3.12 or later
 #   make bench    training step against torch    make docs     the documentation, into docs/_build
 #   make tables   the papers' tables, from the results that experiments.run has left
@@ -26,12 +27,15 @@ LOCK := $(if $(shell command -v flock),flock .make.lock)
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: setup demo test test-newest test-matrix newest newest-python lint bench tables docs data data-tables clean
+.PHONY: setup demo demo-serve test test-newest test-matrix newest newest-python lint bench tables docs data data-tables clean
 
 setup: $(STAMPS)/runtime
 
 demo: $(STAMPS)/experiments data
 	$(BIN)/python -m experiments.demo
+
+demo-serve: $(STAMPS)/experiments $(STAMPS)/serving data
+	$(BIN)/python -m experiments.demo_serve
 
 test: $(STAMPS)/experiments $(STAMPS)/tests data
 	$(BIN)/python -m pytest

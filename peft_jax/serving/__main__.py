@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s:     %(message)s")
     if asked.api_key is None and not _loopback(asked.host):
         logger.warning("%s is open to other machines, and no API key is asked for: set %s", asked.host, KEY)
-    from peft_jax.serving.engine import build_engine  # JAX, and minutes of loading
+    from peft_jax.serving.building import build_engine  # JAX, and minutes of loading
 
     # What is not given is left to the engine's defaults.
     given: dict[str, Any] = {name: getattr(asked, name) for name in ENGINE if getattr(asked, name) is not None}

@@ -15,6 +15,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -111,7 +112,10 @@ class Engine:
             PrefixCache(allocator, prefix_block),
             policy=policy,
             limits=dataclasses.replace(
-                limits, max_batch=min(limits.max_batch, shapes.rows[-1]), prefill_rows=shapes.prompts, chunk=shapes.chunk
+                limits,
+                max_batch=min(limits.max_batch, shapes.rows[-1]),
+                prefill_rows=shapes.prompts,
+                chunk=shapes.chunk,
             ),
         )
         self._ends = _ends_of(model)
@@ -122,7 +126,7 @@ class Engine:
         self._finished = dict.fromkeys(FINISHES, 0)
         self._counted = {"tokens_prompt_total": 0, "tokens_generated_total": 0, "steps_total": 0}
         self.gaps: dict[int, float] = {}
-        """By request, the smallest distance of the two largest logits at its tokens so far: near-ties are told by it."""
+        """By request, the smallest distance of the two largest logits at its tokens so far, which tells near-ties."""
 
     # -- what is asked of it ------------------------------------------------------------------------------------------
 
@@ -170,7 +174,7 @@ class Engine:
         """
         if name == self.model_name:
             raise Refused(f"{name!r} is the base's name: load the adapter under another", 409)
-        files.read_config(directory)
+        files.read_config(Path(directory))
         return self.store.register(name, directory)
 
     def unload(self, name: str) -> None:
@@ -193,7 +197,7 @@ class Engine:
             "adapter_evictions_total": self.store.evictions,
             "preemptions_total": self.scheduler.preemptions,
             "prefix_hit_tokens_total": self.scheduler.hit_tokens,
-            "compilations_total": self.device.compilations,
+            "compilations_total": len(self.device.programs),
         }
 
     def close(self) -> None:
@@ -250,7 +254,9 @@ class Engine:
     def _token(self, request: Request, row: int, found: Chosen, now: float) -> Event:
         """What a drawn token makes of its request."""
         if not np.isfinite(found.gap[row]):
-            self.scheduler.finish(request, "error", now, "the model gave no numbers for this request: its adapter is damaged")
+            self.scheduler.finish(
+                request, "error", now, "the model gave no numbers for this request: its adapter is damaged"
+            )
             return self._last_event(request)
         token, sampling, text = int(found.token[row]), request.sampling, self._texts[request.id]
         self.scheduler.append(request, token, now)
@@ -290,15 +296,15 @@ class Engine:
         """Compiles every program that there can be, and gives how many."""
         for rank in (0, *self.shapes.ranks):
             for earlier in self.shapes.context:
-                for batch, time in ((self.shapes.prompts, self.shapes.chunk), *((n, 1) for n in self.shapes.rows)):
-                    self.device.step(_empty(batch, time, earlier, self.device, rank))
+                for batch, length in ((self.shapes.prompts, self.shapes.chunk), *((n, 1) for n in self.shapes.rows)):
+                    np.asarray(self.device.step(_empty(batch, length, earlier, self.device, rank)).token)
         largest = pool.Tables(self.targets, self.device.width, self.shapes.ranks[-1]).size
         layers = self.device.layers
         for power in range(largest.bit_length() + 1):
             size = min(1 << power, self.device.total)
             none = np.zeros((layers, size, self.device.width), np.float32)
             self.device.put(np.full(size, self.device.total, np.int32), none)
-        return self.device.compilations
+        return len(self.device.programs)
 
 
 def _calls(plan: Plan) -> list[list[tuple[Request, int]]]:

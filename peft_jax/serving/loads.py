@@ -14,7 +14,7 @@ import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from peft_jax.serving.requests import Refused
 AdapterState = Literal["disk", "loading", "host", "resident", "draining", "failed"]
 
 
+@runtime_checkable
 class Packed(Protocol):
     """An adapter in host memory: `block` is ``[layers, n, width]``, n rows of the pool; `rank` is its largest."""
 
@@ -202,7 +203,7 @@ class HostCopies:
 
     def _trim(self) -> None:
         for identity in reversed(self._wanted):
-            if identity in self._copies:
+            if identity in self._copies and not self._copies[identity].resident:  # a resident one can do without
                 self._copies.move_to_end(identity)
         while self.nbytes > self.limit:
             self.drop(next(iter(self._copies.values())))

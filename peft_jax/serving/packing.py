@@ -50,7 +50,8 @@ def pack(params: Params, targets: tuple[Target, ...], width: int, dtype: Any) ->
     """The rows of an adapted tree.
 
     Raises:
-        ValueError: if a leaf is adapted that is no target, or in another way than by a product of low rank.
+        ValueError: if a leaf is adapted that is no target, or in another way than by a product of low rank; if it holds
+            what is no number.
     """
     wanted = {target.path: target for target in targets}
     if added := sorted(params.get("ports", {})):
@@ -64,6 +65,8 @@ def pack(params: Params, targets: tuple[Target, ...], width: int, dtype: Any) ->
                 f"the adapter acts on {'/'.join(path)}, which is not served: its targets are matrices of the layers"
             )
         a, b = factors(leaf, "/".join(path))
+        if not (np.isfinite(a).all() and np.isfinite(b).all()):
+            raise ValueError(f"the adapter holds NaN or Inf at {'/'.join(path)}: it is damaged, or did not train well")
         rows = [_flat(x, width, dtype) for x in (a, b)]
         spans[path] = (n, n + rows[0].shape[1], n + rows[0].shape[1] + rows[1].shape[1])
         n, rank = spans[path][2], max(rank, a.shape[1])

@@ -17,7 +17,7 @@ import dataclasses
 import heapq
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from peft_jax.serving.requests import Request
 
@@ -44,6 +44,7 @@ class View:
     chunk: int = 64
 
 
+@runtime_checkable
 class Policy(Protocol):
     """An order, what it lets into a batch, and what it gives up."""
 
@@ -135,8 +136,8 @@ class Abort(Fcfs):
 class Fair(Fcfs):
     """The adapter that was served least goes first, by a counter of the tokens it was given.
 
-    The scheduler charges each adapter what `cost` says, and lifts the counter of one that nobody used for a while to the
-    least of those in use.
+    The scheduler charges each adapter what `cost` says, and lifts the counter of one that nobody used for a while to
+    the least of those in use.
 
     Args:
         prompt: what a token of a prompt counts, on admission.

@@ -12,7 +12,8 @@ idle and may be evicted.  Two rules keep that simple:
   request that computed what is already here use these rows, and give back its own.  So behind an idle block there are
   idle ones only.
 * Blocks are kept in order of use, and of one chain the later blocks count as used earlier.  So the least recently used
-  idle block is always the last of its chain, and no block loses the one before it."""
+  idle block is always the last of its chain, and no block loses the one before it.
+"""
 
 import math
 from collections import OrderedDict

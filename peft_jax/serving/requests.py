@@ -11,7 +11,8 @@ them:
 
 A step feeds `tokens[cached : cached + n]`.  If that reaches the end of `tokens`, its last logits give the next token.
 So a request with one token left to feed is decoding, and prompts, hits of the prefix cache and recomputing need no
-cases."""
+cases.
+"""
 
 import dataclasses
 from collections.abc import Iterable

@@ -82,20 +82,50 @@ class Plan:
         return self.prefill + [(request, 1) for request in self.decode]
 
 
-def peak(used: Sequence[int], left: Sequence[int]) -> int:
-    """The most tokens that requests hold at once until the last of them is done, all growing in step.
+def peak(used: Sequence[int], left: Sequence[int], delay: Sequence[int] | None = None) -> int:
+    """The most tokens that requests hold at once until the last of them is done.
 
-        max_i ( left_i · i + Σ_{j ≤ i} used_j )        sorted by tokens left, the most first
+        max_i Σ_{j: T_j ≥ T_i} ( used_j + min(left_j, T_i) )        T = delay + left
+
+    Where nobody is delayed all grow in step, and sorted by tokens left, the most first, that is S-LoRA's
+    max_i ( left_i · i + Σ_{j ≤ i} used_j ).  A prompt that is still being computed delays its request's end, so that it
+    is still there when others have grown.
 
     Args:
         used: tokens that each holds now.
         left: tokens by which each grows.
+        delay: steps more than others until it grows, at most; none by default.
 
     >>> peak([10, 4], [2, 8])  # two steps on, 12 + 6; later the second alone, up to 12
     18
+    >>> peak([10, 4], [2, 8], delay=[7, 0])  # the first is still there when the second has its 12
+    24
 
     Source: S-LoRA's router/req_queue.py.
+
+    Departures: there a prompt is computed whole, before anything else, and nothing is delayed.
     """
-    order = np.argsort(-np.asarray(left, np.int64), kind="stable")
-    grown = np.asarray(left, np.int64)[order] * np.arange(1, len(order) + 1)
-    return int((grown + np.cumsum(np.asarray(used, np.int64)[order])).max(initial=0))
+    grow = np.asarray(left, np.int64)
+    end = grow + np.asarray(delay if delay is not None else 0, np.int64)
+    held = np.asarray(used, np.int64) + np.minimum(grow, end[:, None])  # [when the i-th ends, each]
+    return int((held * (end >= end[:, None])).sum(1).max(initial=0))
+
+
+def delays(uncached: Sequence[int], chunk: int, at_once: int) -> list[int]:
+    """How many steps after the next each prompt is done, when `at_once` of them go on in a step, in this order.
+
+    Args:
+        uncached: tokens still to be fed; with 1 or up to `chunk`, and a place, there is no delay.
+        chunk: tokens in a step.
+        at_once: requests in a step.
+
+    >>> delays([100, 1, 20, 40], chunk=20, at_once=2)
+    [4, 0, 0, 2]
+    """
+    free = [0] * at_once  # the step after which each of the places is free again
+    late = []
+    for n in uncached:
+        place = free.index(min(free))
+        free[place] += -(-n // chunk) if n > 1 else 0
+        late.append(free[place] - 1 if n > 1 else 0)
+    return late

@@ -15,6 +15,7 @@ and each of them has grown by left_i.  So it must hold that
 
     2 · max_i ( left_i · i + Σ_{j ≤ i} used_j )  ≤  rows − rows of adapters in use − rows of prefixes in use
 
+Prompts that are still being computed end later than that; `rounds.peak` has the formula with such delays.
 A request whose adapter is still being read keeps its place: it, and its adapter as far as its size is known, count for
 those behind it.  What is idle, prefixes or adapters, counts as free, and is evicted when its rows are wanted, the least
 recently used first.
@@ -22,8 +23,9 @@ recently used first.
 **Optimism.** `max_tokens` is mostly more than what comes.  With `optimism` under 1 only that share of what is left is
 reckoned with.  Then rows may run out, and the youngest request is preempted: its rows are taken back, and later all of
 its tokens, drawn ones too, are computed anew.  Only an older request preempts a younger one, and a younger one that
-finds no rows waits with what it holds: so the oldest always goes on, and everything ends.  A request that was preempted
-goes first when it waits again, and is reckoned with in full, so that it is not preempted once more at once.
+finds no rows waits with what it holds: so the oldest always goes on, and everything ends.  A request that was
+preempted goes first when it waits again, and while it is in the batch everyone is reckoned with in full: so none is
+preempted twice.
 
 **Starvation.** Where a policy reorders, a request that has waited for `patience` seconds goes before all that have not,
 and what it cannot be given is given to nobody behind it.
@@ -32,7 +34,8 @@ Source: Sheng et al. 2023 (S-LoRA, arXiv 2311.03285), sections 4 and 5; its rout
 
 Departures: there an equal sum is refused and the last token drawn is counted, though its key is never needed; here it
 is not, and the bound may be reached.  Rows that requests share are counted once.  There, nothing is preempted, aged,
-or kept for the next request."""
+or kept for the next request.
+"""
 
 import math
 from collections.abc import Sequence
@@ -42,7 +45,7 @@ import numpy as np
 from peft_jax.serving.policies import Fcfs, Policy, View, by_arrival
 from peft_jax.serving.prefixes import PrefixCache
 from peft_jax.serving.requests import Finish, Full, Refused, Request
-from peft_jax.serving.rounds import Dropped, Limits, Plan, peak
+from peft_jax.serving.rounds import Dropped, Limits, Plan, delays, peak
 from peft_jax.serving.rows import TOKEN_ROWS, Allocator, OutOfRows
 from peft_jax.serving.store import AdapterStore
 
@@ -82,6 +85,7 @@ class Scheduler:
         self.limits = limits or Limits()
         self.waiting: dict[int, Request] = {}
         self.running: dict[int, Request] = {}
+        self._since: dict[int, float] = {}  # when each that runs was admitted, this time
         self.preemptions = 0
         self.hit_tokens = 0
         self.step = 0.0
@@ -146,14 +150,13 @@ class Scheduler:
         To be called while the device computes, so that the transfer costs no time.
         """
         brought = list[int]()
+        batch = list(self.running.values())
         for identity in plan.prefetch:
-            rows = self.store.size(identity)
-            in_use = {r.identity for r in self.running.values()} | set(brought)
             if self.store.is_resident(identity) or self.store.failure(identity) or not self.store.ready(identity):
                 continue
-            if not self._fits(list(self.running.values()), in_use | {identity}) or not self._room(
-                rows, plan.now, False
-            ):
+            in_use = {identity, *brought, *(r.identity for r in batch)}
+            used_before = math.nextafter(plan.now, -math.inf)  # what waiting requests need is never evicted for others
+            if not self._fits(batch, in_use, plan.now) or not self._room(self.store.size(identity), used_before):
                 break
             try:
                 self.store.make_resident(identity)
@@ -252,6 +255,9 @@ class Scheduler:
         return {r.id for r in first}, first + self.policy.order(rest, self._view(now))
 
     def _seniority(self, request: Request, now: float) -> tuple[bool, int, float, int]:
+        """A sorting key; that of a request that runs stays as it was when it was admitted."""
+        if request.state == "running":
+            now = self._since[request.id]
         return now - request.arrived < self.limits.patience, *by_arrival(request)
 
     def _view(self, now: float) -> View:
@@ -262,19 +268,22 @@ class Scheduler:
 
     def _admit(self, plan: Plan, first: set[int], order: list[Request]) -> None:
         held = list[Request]()  # their adapters are still being read, and they keep their places
+        batch = {r.identity for r in self.running.values()}
         for request in order:
             if len(self.running) + len(held) >= self.limits.max_batch or len(held) >= self.limits.lookahead:
                 return
-            batch = {r.identity for r in (*self.running.values(), *held)}
             if not self.policy.allows(request.identity, batch):
                 if request.id in first:
                     return
             elif not self.store.ready(request.identity):
                 held.append(request)
+                batch.add(request.identity)
             elif refusal := self._too_large(request, request.identity):  # its adapter's size was not known before
                 self._give_up(plan, request, "error", refusal.reason)
             elif not self._join(plan, request, held):
                 return
+            elif request.state == "running":
+                batch.add(request.identity)
 
     def _join(self, plan: Plan, request: Request, held: list[Request]) -> bool:
         n, key_rows, value_rows = self.prefixes.match(request.identity, request.tokens, plan.now)
@@ -283,7 +292,7 @@ class Scheduler:
         batch = [*self.running.values(), *held, request]
         self.store.pin(request.identity)
         try:
-            if not self._fits(batch, {r.identity for r in batch}):
+            if not self._fits(batch, {r.identity for r in batch}, plan.now):
                 raise OutOfRows(0, 0)
             if not self.store.is_resident(request.identity):
                 self._room(self.store.size(request.identity))
@@ -296,6 +305,7 @@ class Scheduler:
             return isinstance(error, Refused)
         del self.waiting[request.id]
         self.running[request.id] = request
+        self._since[request.id] = plan.now
         request.state = "running"
         self.hit_tokens += n
         if request.admitted_at is None:
@@ -304,10 +314,12 @@ class Scheduler:
         plan.admitted.append(request)
         return True
 
-    def _fits(self, batch: Sequence[Request], identities: set[int]) -> bool:
-        share = [1.0 if r.preemptions else self.limits.optimism for r in batch]
-        left = [math.ceil(s * max(0, r.left - 1)) for s, r in zip(share, batch, strict=True)]
-        tokens = peak([len(r.tokens) - r.shared for r in batch], left)
+    def _fits(self, batch: Sequence[Request], identities: set[int], now: float) -> bool:
+        batch = sorted(batch, key=lambda r: self._seniority(r, now))
+        share = 1.0 if any(r.preemptions for r in batch) else self.limits.optimism
+        left = [math.ceil(share * max(0, r.left - 1)) for r in batch]
+        wait = delays([r.uncached for r in batch], self.limits.chunk, self.limits.prefill_rows)
+        tokens = peak([len(r.tokens) - r.shared for r in batch], left, wait)
         taken = sum(self.store.size(identity) for identity in identities) + self.prefixes.busy_rows
         return TOKEN_ROWS * tokens + taken <= self.allocator.total
 
@@ -341,10 +353,8 @@ class Scheduler:
         elif n:
             plan.prefill.append((request, n))
 
-    def _room(self, rows: int, before: float = math.inf, inclusive: bool = True) -> bool:
+    def _room(self, rows: int, before: float = math.inf) -> bool:
         """Evicts what is idle, the least recently used first, until so many rows are free; whether they are."""
-        if not inclusive:
-            before = math.nextafter(before, -math.inf)
         while (short := rows - self.allocator.free) > 0:
             self.prefixes.evict(short, min(before, self.store.oldest()))
             if self.allocator.free < rows and not self.store.evict(before):
@@ -372,7 +382,7 @@ class Scheduler:
             self._keep(request, now)
         self.allocator.give_back(request.let_go())
         self.store.unpin(request.identity, now)
-        del self.running[request.id]
+        del self.running[request.id], self._since[request.id]
 
     def _end(self, request: Request, finish: Finish, reason: str) -> None:
         self.waiting.pop(request.id, None)

@@ -8,8 +8,7 @@ Shapes are few (`Shapes`), since each one compiles: rows, tokens, earlier tokens
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -141,6 +140,11 @@ def choose(logits: Float[Array, "batch vocab"], batch: Batch) -> Chosen:
     return Chosen(token, logprob, top, top_logprob, two[:, 0] - two[:, 1])
 
 
+# One for all engines of a process: those of one model and size share their programs.
+_step = jax.jit(run, static_argnums=(0, 1), donate_argnums=3)
+_write = jax.jit(pool.write, donate_argnums=0)
+
+
 class Device:
     """The base with a leaf at every target, the pool, and the programs that run over both.
 
@@ -152,35 +156,31 @@ class Device:
     ) -> None:
         spec = forward.spec
         self.targets, self.layers, self.width, self.total = targets, spec.layers, pool.width_of(spec), rows
-        self._params = pool.adapt(params, targets, spec.layers)
-        self._rows = pool.empty(spec, rows, dtype)
-        self._step = jax.jit(self._counted(functools.partial(run, forward, targets)), donate_argnums=1)
-        self._write = jax.jit(self._counted(pool.write), donate_argnums=0)
-        self.compilations = 0
+        self.forward, self.params = forward, pool.adapt(params, targets, spec.layers)
+        self.rows = pool.empty(spec, rows, dtype)
+        self.programs = set[tuple[int, ...]]()
+        """What was compiled for this device, by shape."""
 
     def step(self, batch: Batch) -> Chosen:
         """Starts a step; reading what it gives waits for it."""
-        self._rows, chosen = self._step(self._params, self._rows, batch)
+        self.programs.add((*batch.tokens.shape, batch.context.shape[1], batch.rank))
+        self.rows, chosen = _step(self.forward, self.targets, self.params, self.rows, batch)
         return chosen
 
     def put(self, ids: Int[np.ndarray, "n"], block: Float[np.ndarray, "layers n width"]) -> None:
         """Writes an adapter's rows; a block is filled up to a power of two, so that few sizes compile."""
         more = (1 << (len(ids) - 1).bit_length()) - len(ids)
         padded = np.pad(ids.astype(np.int32), (0, more), constant_values=self.total)
-        self._rows = self._write(self._rows, padded, np.pad(block, ((0, 0), (0, more), (0, 0))))
+        self.programs.add((len(padded),))
+        self.rows = _write(self.rows, padded, np.pad(block, ((0, 0), (0, more), (0, 0))))
 
     def table(self, ids: Mapping[Path, tuple[np.ndarray, np.ndarray]], rank: int) -> np.ndarray:
         return Tables(self.targets, self.width, rank).fill(ids)
 
-    def _counted(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, which is traced once for every program that is compiled of it."""
-
-        def traced(*given: Any) -> Any:
-            self.compilations += 1
-            return fn(*given)
-
-        return traced
+    def lower(self, batch: Batch) -> Any:
+        """The step for a batch of such shapes, lowered: to be compiled and looked into."""
+        return _step.lower(self.forward, self.targets, self.params, self.rows, batch)
 
     @property
     def nbytes(self) -> int:
-        return int(self._rows.nbytes)
+        return int(self.rows.nbytes)

@@ -6,7 +6,8 @@ that run are resident.  What limits each stage is bytes of host memory and rows 
 A name stands for its latest load.  A request is bound to that load when it comes, by the load's identity; a load that
 is unloaded, or replaced by another of its name, drains: it takes no new users, serves those that it has, and is gone
 after the last.  A load is pinned while requests run with it, and what is pinned is never evicted; the others, idle,
-stay resident until their rows are wanted, and the least recently used goes first."""
+stay resident until their rows are wanted, and the least recently used goes first.
+"""
 
 import concurrent.futures
 import math

@@ -1,4 +1,4 @@
-"""A request's text, as its tokens come: whole characters only, and nothing that may yet turn out to be a stop string."""
+"""A request's text, as its tokens come: whole characters only, and nothing that may yet be part of a stop string."""
 
 from collections.abc import Sequence
 from typing import Any
