@@ -187,8 +187,8 @@ def test_the_command_line(tmp_path, monkeypatch, capsys, caplog):
     assert (asked.host, asked.api_key, asked.rows, asked.memory) == ("127.0.0.1", "from the environment", 64, None)
     assert asked.allow_loading == [tmp_path, tmp_path]
     given = []
-    engine = SimpleNamespace(build_engine=lambda *model, **options: given.append((model, options)))
-    monkeypatch.setitem(sys.modules, "peft_jax.serving.engine", engine)
+    building = SimpleNamespace(build_engine=lambda *model, **options: given.append((model, options)))
+    monkeypatch.setitem(sys.modules, "peft_jax.serving.building", building)
     monkeypatch.setattr("peft_jax.serving.__main__.serve", lambda engine, asked: 7)
     assert main(["--model", "m", "--adapters", str(tmp_path), "--max-batch", "4", "--quantise", "nf4"]) == 7
     # What is not given is left to the engine.

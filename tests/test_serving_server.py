@@ -323,6 +323,7 @@ def test_loading_stays_in_the_allowed_directories(tmp_path):
             "../outside",
             "good/../../outside",
             "good/..",
+            "good/../good",
             "link",
             "leaky",
             "/etc",
