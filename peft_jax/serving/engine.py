@@ -98,6 +98,7 @@ class Engine:
                 f"context={context}: the model has {spec.positions} positions and the largest shape {longest} tokens"
             )
         self.model_name, self.tokenizer, self.shapes, self.clock = name, model.tokenizer, shapes, clock
+        self.vocabulary = spec.vocab
         self.targets = pool.targets_of(model.forward, model.params)
         self.device = Device(model.forward, model.params, self.targets, rows, dtype)
         allocator, width = Allocator(rows), self.device.width
@@ -147,6 +148,8 @@ class Engine:
                 f"a prompt of {len(prompt)} tokens and {sampling.max_tokens} new ones exceed the {self.limits.context} "
                 "tokens that a request has: shorten the prompt or lower max_tokens"
             )
+        if not 0 <= min(prompt) <= max(prompt) < self.vocabulary:
+            raise Refused(f"the prompt has a token that is not in the vocabulary of {self.vocabulary}")
         if (sampling.logprobs or 0) > MOST_LOGPROBS:
             raise Refused(f"logprobs is {sampling.logprobs}: {MOST_LOGPROBS} are told at most")
         request = Request(self._last + 1, prompt, sampling, adapter, self.clock(), priority)
