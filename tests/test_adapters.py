@@ -185,7 +185,7 @@ def test_errors_name_the_adapter_and_the_path() -> None:
                 adapters.stack(pair, FORWARD)
     dora = methods.dora(2)(KEY, zoo.base("llama"), FORWARD)[0]
     with pytest.raises(
-        ValueError, match="'d' has DoRA at model/layers/self_attn/q_proj/kernel: only LoRA, .* can be stacked"
+        ValueError, match=r"'d' has DoRA at model/layers/self_attn/q_proj/kernel: only LoRA, .* can be stacked"
     ):
         adapters.stack({"wide": each["wide"], "d": dora}, FORWARD)
     with pytest.raises(ValueError, match="no adapter 'wid': there are wide, narrow, upper"):

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from peft_jax.core import Params
+from peft_jax.core import Params, Path
 from peft_jax.methods.adalora import SVD
 from peft_jax.methods.dylora import DyLoRA, shorten
 from peft_jax.methods.lora import LoRA
 from peft_jax.methods.vera import VeRA
-from peft_jax.weights import Leaf
+from peft_jax.weights import Leaf, is_weight
 
 NOTHING = np.int32(2**31 - 1)  # where an index points at nothing: beyond every array, so that `jnp.take` fills in
 
@@ -44,6 +44,12 @@ class Directions(NamedTuple):
     d: Any = None
     out: Any = None
 
+    def trained(self, inputs: int, outputs: int) -> int:
+        """How many numbers train."""
+        each = (0 if self.a is None else inputs + outputs) + (0 if self.d is None else 1)
+        vectors = 0 if self.out is None else outputs
+        return int(self.held.sum()) * each + int(self.held.any(1).sum()) * vectors
+
 
 def is_adapter(leaf: Leaf) -> bool:
     """Whether a leaf can be written so; its base is another question."""
@@ -65,6 +71,36 @@ def directions(w: Adapter, shared: int = 0) -> Directions:
 
 def _first(ranks: Sequence[int], rank: int) -> np.ndarray:
     return np.arange(rank)[None] < np.array(ranks)[:, None]
+
+
+def check(who: str, path: Path, leaf: Leaf, like: Leaf) -> None:
+    """Raises on a leaf that cannot be one of several, or that is on another base than `like`."""
+    base = leaf.base if is_adapter(leaf) else leaf
+    if hasattr(base, "base"):
+        kind = f"{type(leaf).__name__} on {type(base).__name__}" if is_adapter(leaf) else type(leaf).__name__
+        raise ValueError(
+            f"adapter {who!r} has {kind} at {'/'.join(path)}: only LoRA, DyLoRA, AdaLoRA and VeRA on the bare base "
+            "can be stacked"
+        )
+    if (kind := _kind(base)) != _kind(like):
+        raise ValueError(f"adapter {who!r} is on another base: {'/'.join(path)} is {kind}, not {_kind(like)}")
+    if not all(map(_same, jax.tree.leaves(base), jax.tree.leaves(like))):
+        raise ValueError(f"adapter {who!r} is on another base: {'/'.join(path)} holds other numbers")
+
+
+def _kind(base: Leaf) -> str:
+    return f"{type(base).__name__ if is_weight(base) else 'an array'} of {tuple(base.shape)}"
+
+
+def _same(x: Any, y: Any) -> bool:
+    """Whether two arrays hold the same numbers, as far as this process can see."""
+    seen = all(
+        isinstance(z, jax.Array) and not isinstance(z, jax.core.Tracer) and z.is_fully_addressable for z in (x, y)
+    )
+    return x is y or not seen or np.array_equal(x, y)
+
+
+# -- side by side -----------------------------------------------------------------------------------------------------
 
 
 class Flat(NamedTuple):
@@ -89,6 +125,70 @@ def flat(arrays: Sequence[Array], held: Sequence[np.ndarray]) -> Flat:
         order, there = (x.reshape(*lead, size, 1) for x in (order, there))
         rows = jnp.where(jnp.asarray(there), jnp.take_along_axis(rows, jnp.asarray(order), axis), jnp.zeros((), dtype))
     return Flat(rows, np.split(places, np.cumsum([x.shape[1] for x in held])[:-1], axis=1))
+
+
+class Laid(NamedTuple):
+    """Several adapters' directions side by side, and where each one's lie: the fields of `methods.slora`'s leaf."""
+
+    a: Any
+    b: Any
+    index: Array  # type: ignore[assignment]  # a tuple has a method of this name
+    scale: Array
+    d: Any
+    d_index: Any
+    out: Any
+    out_index: Any
+
+
+def lay(mine: Mapping[int, Directions], n: int) -> Laid:
+    """The directions of some of n adapters, given by their numbers."""
+    like = next(iter(mine.values()))
+    lead, layers = like.scale.shape, len(like.held)
+    rank = max(1, *(int(w.held.sum(1).max()) for w in mine.values()))
+    nowhere = np.full((layers, n, rank), NOTHING)
+
+    def field(rows: Mapping[int, Array], held: Mapping[int, np.ndarray]) -> tuple[Any, Any]:
+        """One field of those that have it; and where it lies, what a layer holds first."""
+        if not rows:
+            return None, None
+        laid, places = flat([*rows.values()], [*held.values()])
+        index = nowhere.copy()
+        for i, found in zip(rows, places, strict=True):
+            _put(index[:, i], found, held[i])
+        return laid, index
+
+    held = {i: w.held for i, w in mine.items()}
+    of = lambda name: {i: x for i, w in mine.items() if (x := getattr(w, name)) is not None}  # noqa: E731
+    a, index = field(of("a"), held)
+    b, _ = field(of("b"), held)
+    d, d_index = field({i: x[..., None] for i, x in of("d").items()}, held)
+    any_held = {i: np.asarray(x.any(1, keepdims=True)) for i, x in held.items()}
+    out, out_index = field({i: x[..., None, :] for i, x in of("out").items()}, any_held)
+    index = nowhere.copy() if index is None else index
+    for i, w in mine.items():
+        if w.a is None:
+            _put(index[:, i], -1 - w.shared - np.broadcast_to(np.arange(w.held.shape[1]), w.held.shape), w.held)
+
+    none = jnp.zeros(lead, jnp.float32)
+    scale = jnp.stack([mine[i].scale.astype(jnp.float32) if i in mine else none for i in range(n)], -1)
+    arranged = lambda x: None if x is None else jnp.asarray(x.reshape(*lead, *x.shape[1:]), jnp.int32)  # noqa: E731
+    return Laid(
+        a,
+        b,
+        jnp.asarray(index.reshape(*lead, n, rank), jnp.int32),
+        jnp.broadcast_to(scale[..., None], (*lead, n, rank)),
+        None if d is None else d[..., 0],
+        arranged(d_index),
+        out,
+        None if out_index is None else arranged(out_index[..., 0]),
+    )
+
+
+def _put(into: np.ndarray, places: np.ndarray, held: np.ndarray) -> None:
+    """Where an adapter's directions lie, those that a layer holds first."""
+    order = np.argsort(~held, axis=1, kind="stable")[:, : into.shape[1]]
+    there = np.take_along_axis(held, order, 1)
+    into[:, : order.shape[1]] = np.where(there, np.take_along_axis(places, order, 1), NOTHING)
 
 
 # -- what VeRA's leaves share -----------------------------------------------------------------------------------------
@@ -128,7 +228,7 @@ def pairs(adapters: Mapping[str, Params], found: Mapping[str, Sequence[VeRA]]) -
             begin[who, w.name] = drawn[key]
     if not rows:
         return None
-    return Pairs(*(_padded([pair[i] for pair in rows]) for i in range(2)), begin)
+    return Pairs(_padded([down for down, _ in rows]), _padded([up for _, up in rows]), begin)
 
 
 def _padded(arrays: Sequence[Array]) -> Array:

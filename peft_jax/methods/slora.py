@@ -26,10 +26,10 @@ from jaxtyping import Array
 
 from peft_jax import trees
 from peft_jax.core import Forward, Method, Params, Path, Ports
-from peft_jax.methods.directions import NOTHING, Directions, directions, flat, is_adapter, pairs
+from peft_jax.methods.directions import NOTHING, Directions, check, directions, is_adapter, lay, pairs
 from peft_jax.methods.lora import LoRA
 from peft_jax.methods.vera import VeRA
-from peft_jax.weights import Leaf, Weight, embed, innermost, is_weight, linear, materialise, static, unembed
+from peft_jax.weights import Leaf, Weight, embed, innermost, linear, materialise, static, unembed
 
 
 @jax.tree_util.register_dataclass
@@ -308,7 +308,7 @@ def side_by_side(adapters: Mapping[str, Params], params: Params, name: str) -> P
                 f"adapter {who!r} is on another base: {'/'.join(sorted(missing)[0])} is only in one of them"
             )
         for path, leaf in leaves.items():
-            _check(who, path, leaf, innermost(bases[path]))
+            check(who, path, leaf, innermost(bases[path]))
     veras = {who: [w for w in leaves.values() if isinstance(w, VeRA)] for who, leaves in found.items()}
     kept = pairs(adapters, veras)
 
@@ -317,97 +317,14 @@ def side_by_side(adapters: Mapping[str, Params], params: Params, name: str) -> P
         for i, (who, leaves) in enumerate(found.items()):
             if is_adapter(w := leaves[path]):
                 mine[i] = directions(w, kept.begin[who, w.name] if kept and isinstance(w, VeRA) else 0)
-        return _leaf(base, mine, tuple(found), name) if mine else base
+        if not mine:
+            return base
+        kind = Adapters if all(w.a is not None for w in mine.values()) else SharingAdapters
+        laid, active = lay(mine, len(found)), jnp.zeros(next(iter(mine.values())).scale.shape, jnp.int32)
+        trained = sum(w.trained(*base.shape[-2:]) for w in mine.values())
+        return kind(base, active=active, names=tuple(found), trained=trained, name=name, **laid._asdict())
 
     made = trees.map_leaves(each, params)
     if kept is None:
         return made
     return made | {"methods": {**params.get("methods", {}), name: {"down": kept.down, "up": kept.up}}}
-
-
-def _check(who: str, path: Path, leaf: Leaf, like: Leaf) -> None:
-    """Raises on a leaf that cannot be one of several, or that is on another base than `like`."""
-    base = leaf.base if is_adapter(leaf) else leaf
-    if hasattr(base, "base"):
-        kind = f"{type(leaf).__name__} on {type(base).__name__}" if is_adapter(leaf) else type(leaf).__name__
-        raise ValueError(
-            f"adapter {who!r} has {kind} at {'/'.join(path)}: only LoRA, DyLoRA, AdaLoRA and VeRA on the bare base "
-            "can be stacked"
-        )
-    if (kind := _kind(base)) != _kind(like):
-        raise ValueError(f"adapter {who!r} is on another base: {'/'.join(path)} is {kind}, not {_kind(like)}")
-    if not all(map(_same, jax.tree.leaves(base), jax.tree.leaves(like))):
-        raise ValueError(f"adapter {who!r} is on another base: {'/'.join(path)} holds other numbers")
-
-
-def _kind(base: Leaf) -> str:
-    return f"{type(base).__name__ if is_weight(base) else 'an array'} of {tuple(base.shape)}"
-
-
-def _same(x: Any, y: Any) -> bool:
-    """Whether two arrays hold the same numbers, as far as this process can see."""
-    seen = all(
-        isinstance(z, jax.Array) and not isinstance(z, jax.core.Tracer) and z.is_fully_addressable for z in (x, y)
-    )
-    return x is y or not seen or np.array_equal(x, y)
-
-
-def _leaf(base: Leaf, mine: Mapping[int, Directions], names: tuple[str, ...], name: str) -> Adapters:
-    """One leaf of several: `mine` by the adapters' numbers, of those that act here."""
-    lead = next(iter(mine.values())).scale.shape
-    layers, n = next(iter(mine.values())).held.shape[0], len(names)
-    rank = max(1, *(int(w.held.sum(1).max()) for w in mine.values()))
-    index, d_index = np.full((2, layers, n, rank), NOTHING)
-    out_index = np.full((layers, n), NOTHING)
-    scale = [jnp.zeros(lead, jnp.float32)] * n
-    own = {i: w for i, w in mine.items() if w.a is not None}
-    factors = {i: w for i, w in mine.items() if w.d is not None}
-    vectors = {i: w for i, w in mine.items() if w.out is not None}
-
-    def put(into: np.ndarray, i: int, places: np.ndarray) -> None:
-        """An adapter's places, what it holds first."""
-        order = np.argsort(~mine[i].held, axis=1, kind="stable")[:, :rank]
-        into[:, i, : order.shape[1]] = np.take_along_axis(places, order, 1)
-
-    a = b = d = out = None
-    if own:
-        held = [w.held for w in own.values()]
-        a, places = flat([w.a for w in own.values()], held)
-        b, _ = flat([w.b for w in own.values()], held)
-        for i, mine_places in zip(own, places, strict=True):
-            put(index, i, mine_places)
-    if factors:
-        rows, places = flat([w.d[..., None] for w in factors.values()], [w.held for w in factors.values()])
-        d = rows[..., 0]
-        for i, mine_places in zip(factors, places, strict=True):
-            put(d_index, i, mine_places)
-    if vectors:
-        held = [w.held.any(1, keepdims=True) for w in vectors.values()]
-        out, places = flat([w.out[..., None, :] for w in vectors.values()], held)
-        for i, mine_places in zip(vectors, places, strict=True):
-            out_index[:, i] = mine_places[:, 0]
-    for i, w in mine.items():
-        scale[i] = w.scale.astype(jnp.float32)
-        if w.a is None:
-            put(index, i, np.where(w.held, -1 - w.shared - np.arange(w.held.shape[1])[None], NOTHING))
-    inputs, outputs = base.shape[-2:]
-    trained = sum(int(w.held.sum()) for w in own.values()) * (inputs + outputs)
-    trained += sum(int(w.held.sum()) for w in factors.values())
-    trained += sum(int(w.held.any(1).sum()) for w in vectors.values()) * outputs
-    arranged = lambda x: jnp.asarray(x.reshape(*lead, *x.shape[1:]), jnp.int32)  # noqa: E731
-    kind = Adapters if len(own) == len(mine) else SharingAdapters
-    return kind(
-        base,
-        a,
-        b,
-        arranged(index),
-        jnp.broadcast_to(jnp.stack(scale, -1)[..., None], (*lead, n, rank)),
-        jnp.zeros(lead, jnp.int32),
-        d,
-        arranged(d_index) if factors else None,
-        out,
-        arranged(out_index) if vectors else None,
-        names=names,
-        trained=trained,
-        name=name,
-    )
