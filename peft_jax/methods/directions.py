@@ -151,7 +151,7 @@ def lay(mine: Mapping[int, Directions], n: int) -> Laid:
         """One field of those that have it; and where it lies, what a layer holds first."""
         if not rows:
             return None, None
-        laid, places = flat([*rows.values()], [*held.values()])
+        laid, places = flat([*rows.values()], [held[i] for i in rows])
         index = nowhere.copy()
         for i, found in zip(rows, places, strict=True):
             _put(index[:, i], found, held[i])

@@ -156,7 +156,8 @@ class Adapters(Weight):
         sliced, shared = trees.unshare(dataclasses.replace(self, base=None))
 
         def change(one: Adapters) -> Array:
-            w, _ = trees.fill(one, shared)._chosen()
+            matrix = jax.ShapeDtypeStruct(self.shape[-2:], wide)
+            w, _ = dataclasses.replace(trees.fill(one, shared), base=matrix)._chosen()
             a, b = (w._directions(field).astype(wide) for field in ("a", "b"))
             product = jnp.einsum("ri,r,ro->io", a, w._factor().astype(wide), b)
             out = w._out()
