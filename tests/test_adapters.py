@@ -133,24 +133,6 @@ def test_switching_compiles_nothing_and_merging_takes_the_one_in_use() -> None:
     assert same(pj.merge(silent), zoo.base("llama"))
 
 
-def test_a_row_trains_its_own_adapter_only() -> None:
-    params, forward = adapters.stack(made(), FORWARD)
-    trained, frozen = pj.partition(params)
-
-    @jax.jit
-    def gradient(trained: Any, rows: Any) -> Any:
-        total = lambda t: (forward(pj.combine(t, frozen), TOKENS, pj.Ports(adapter=rows)) ** 2).mean()  # noqa: E731
-        return jax.grad(total)(trained)
-
-    found = gradient(trained, jnp.array([1, 0, 0, 1, -1, -1, 0, 1], jnp.int32))
-    gradients = found["model"]["layers"]["self_attn"]["q_proj"]["kernel"]
-    ranks = np.array([[4, 2, 0], [4, 2, 3], [4, 2, 1]])  # directions of each adapter, by layer, one after another
-    for layer, counts in enumerate(ranks):
-        for x in (gradients.a, gradients.b):
-            moved = np.asarray(x[layer]).any(-1)
-            assert moved[: sum(counts[:2])].all() and not moved[sum(counts[:2]) :].any()
-
-
 def test_unrolled_and_in_half_precision() -> None:
     base = jax.tree.map(lambda x: x.astype(jnp.bfloat16), zoo.unrolled(zoo.base("llama")))
     model = zoo.build("llama", scan=False)
