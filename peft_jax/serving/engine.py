@@ -35,6 +35,7 @@ from peft_jax.serving.store import AdapterInfo, AdapterStore
 from peft_jax.serving.text import Text
 
 FINISHES: tuple[Finish, ...] = ("stop", "length", "cancelled", "aborted", "error")
+KEPT = 4096  # requests whose gaps are remembered
 IDLE = 0.002  # seconds for which a round that can compute nothing waits for an adapter to be read
 
 
@@ -127,7 +128,7 @@ class Engine:
         self._finished = dict.fromkeys(FINISHES, 0)
         self._counted = {"tokens_prompt_total": 0, "tokens_generated_total": 0, "steps_total": 0}
         self.gaps: dict[int, float] = {}
-        """By request, the smallest distance of the two largest logits at its tokens so far, which tells near-ties."""
+        """Of the latest requests, the smallest distance of the two largest logits at their tokens: it tells near-ties."""
 
     # -- what is asked of it ------------------------------------------------------------------------------------------
 
@@ -289,6 +290,8 @@ class Engine:
         assert request.finish is not None
         self._finished[request.finish] += 1
         del self._texts[request.id], self._seeds[request.id]
+        while len(self.gaps) > KEPT:
+            del self.gaps[next(iter(self.gaps))]
 
     def _put(self, rows: np.ndarray, packed: packing.Packed) -> Placed:
         fit(packed.rank, self.shapes.ranks, "directions")
