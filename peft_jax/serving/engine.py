@@ -128,7 +128,7 @@ class Engine:
         self._finished = dict.fromkeys(FINISHES, 0)
         self._counted = {"tokens_prompt_total": 0, "tokens_generated_total": 0, "steps_total": 0}
         self.gaps: dict[int, float] = {}
-        """Of the latest requests, the smallest distance of the two largest logits at their tokens: it tells near-ties."""
+        """Of the latest requests, the smallest distance of the two largest logits at their tokens: near-ties."""
 
     # -- what is asked of it ------------------------------------------------------------------------------------------
 
