@@ -102,8 +102,7 @@ class Engine:
                 f"context={context}: the model has {spec.positions} positions and the largest shape {longest} tokens"
             )
         self.model_name, self.tokenizer, self.shapes, self.clock = name, model.tokenizer, shapes, clock
-        if mesh is not None:
-            tensor.check(spec, mesh)
+        tensor.check(spec, model.params, mesh)
         self.targets = pool.targets_of(model.forward, model.params, mesh)
         self.device = Device(model.forward, model.params, self.targets, rows, dtype, mesh)
         allocator, width = Allocator(rows), self.device.width

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from peft_jax import sharding
@@ -110,6 +111,7 @@ def run(
     features, cache = forward.features(params, Inputs(batch.tokens, cache=cache), Ports())
     last = jnp.maximum(batch.new - 1, 0)[:, None, None]
     logits = forward.head(params, jnp.take_along_axis(features, last, axis=1), Ports())[:, 0].astype(jnp.float32)
+    logits = tensor.placed(logits, tensor.mesh_of(rows), P())  # once, and not in every step of a search among them
     return cache.commit(batch.ids), choose(logits, batch)
 
 
@@ -163,8 +165,8 @@ class Device:
         mesh: Mesh | None = None,
     ) -> None:
         spec, self.mesh = forward.spec, mesh
+        tensor.check(spec, params, mesh)
         if mesh is not None:
-            tensor.check(spec, mesh)
             params = sharding.shard(params, forward, mesh)
         self.targets, self.layers, self.width, self.total = targets, spec.layers, pool.width_of(spec), rows
         self.forward, self.params = forward, pool.adapt(params, targets, spec.layers)

@@ -28,7 +28,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from peft_jax import sharding
-from peft_jax.core import Spec
+from peft_jax.core import Params, Spec
 from peft_jax.quant.frozen import Frozen, gathered, tied
 from peft_jax.weights import Leaf, linear, materialise
 
@@ -37,12 +37,20 @@ ROWS = P(None, None, AXIS)  # of the pool, and of blocks of it
 HEADS = P(None, None, AXIS)  # [batch, time, heads, dim]
 
 
-def check(spec: Spec, mesh: Mesh) -> None:
+def check(spec: Spec, params: Params, mesh: Mesh | None) -> None:
     """Refuses a mesh over which this model cannot be served.
 
     Raises:
-        ValueError: if it has no axis ``tensor``, or others of more than one device, or does not divide the heads.
+        ValueError: if it has no axis ``tensor``, or others of more than one device, or does not divide the heads; if
+            there is none, and the model lies on several devices.
     """
+    if mesh is None:
+        spread = max(
+            (len(x.sharding.device_set) for x in jax.tree.leaves(params) if isinstance(x, jax.Array)), default=1
+        )
+        if spread > 1:
+            raise ValueError(f"the model lies on {spread} devices: give the mesh that it was loaded with, as mesh=")
+        return
     if AXIS not in mesh.shape:
         raise ValueError(f"the mesh has the axes {', '.join(mesh.axis_names)}: serving needs one called {AXIS!r}")
     for axis, size in mesh.shape.items():
@@ -52,8 +60,8 @@ def check(spec: Spec, mesh: Mesh) -> None:
             )
     if spec.kv_heads % mesh.shape[AXIS]:
         raise ValueError(
-            f"the mesh's axis {AXIS!r} of {mesh.shape[AXIS]} does not divide the model's {spec.kv_heads} key heads: "
-            "choose a size that does"
+            f"the model's {spec.kv_heads} key heads (for {spec.heads} heads) do not divide over the {mesh.shape[AXIS]} "
+            f"devices of the mesh's axis {AXIS!r}: choose a number that divides them"
         )
 
 
