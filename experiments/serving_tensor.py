@@ -1,4 +1,4 @@
-"""What devices say to each other in a step of serving Llama-3-8B, tensor parallel: of shapes, without a weight or a GPU.
+"""What devices say to each other in a step of serving Llama-3-8B: of shapes, without a weight or a GPU.
 
     python -m experiments.serving_tensor                             # eight devices, 16 rows of one token, rank 16
     python -m experiments.serving_tensor --rows 4 --tokens 64        # chunks of prompts

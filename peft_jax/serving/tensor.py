@@ -73,7 +73,7 @@ def mesh_of(rows: Array) -> AbstractMesh | None:
 
 def placed(x: Array, mesh: Mesh | AbstractMesh | None, spec: P) -> Array:
     """The same array, split so inside a traced program."""
-    return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))  # type: ignore[arg-type]
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
 def each_device(own: Callable[..., Any], rows: Array, specs: tuple[P, ...], out: P) -> Callable[..., Any]:
