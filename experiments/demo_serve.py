@@ -7,6 +7,7 @@ for.  Each client streams an answer under an adapter of its own, over OpenAI's H
 interleaved, since all of them run in one batch.  Everything it writes is under runs/demo_serve.
 """
 
+import contextlib
 import http.client
 import json
 import os
@@ -81,24 +82,24 @@ def wait_for(server: subprocess.Popen[bytes], port: int, seconds: float = 300) -
 
 
 def get(port: int, path: str) -> str:
-    line = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    line.request("GET", path)
-    return line.getresponse().read().decode()
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as line:
+        line.request("GET", path)
+        return line.getresponse().read().decode()
 
 
 def stream(port: int, model: str, prompt: str) -> Iterator[str]:
     """An answer's pieces, as they come."""
     asked = {"model": model, "max_tokens": TOKENS, "stream": True, "messages": [{"role": "user", "content": prompt}]}
-    line = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
-    line.request("POST", "/v1/chat/completions", json.dumps(asked), {"Content-Type": "application/json"})
-    answer = line.getresponse()
-    if answer.status != 200:
-        raise RuntimeError(f"{model}: {answer.status} {answer.read().decode()}")
-    for row in answer:
-        data = row.decode().strip().removeprefix("data:").strip()
-        if data and data != "[DONE]":
-            for choice in json.loads(data)["choices"]:
-                yield choice["delta"].get("content") or ""
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=300)) as line:
+        line.request("POST", "/v1/chat/completions", json.dumps(asked), {"Content-Type": "application/json"})
+        answer = line.getresponse()
+        if answer.status != 200:
+            raise RuntimeError(f"{model}: {answer.status} {answer.read().decode()}")
+        for row in answer:
+            data = row.decode().strip().removeprefix("data:").strip()
+            if data and data != "[DONE]":
+                for choice in json.loads(data)["choices"]:
+                    yield choice["delta"].get("content") or ""
 
 
 def ask_all(port: int, asked: list[str]) -> None:

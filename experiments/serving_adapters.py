@@ -1,7 +1,7 @@
 """Many adapters on disk, in HF PEFT's format, for demonstrations and measurements of serving.
 
-They are LoRA of a base, drawn and not trained: A as LoRA starts it, B normal.  What a server does with an adapter (reads,
-transfers, multiplies) does not depend on what it has learnt.
+They are LoRA of a base, drawn and not trained, both matrices normal.  What a server does with an adapter (reads it,
+transfers it, multiplies by it) does not depend on what it has learnt.
 """
 
 import dataclasses

@@ -18,7 +18,7 @@ HELLO = {"model": "toy/base", "prompt": "Hello", "max_tokens": 100}
 class Serving:
     """A server on a free port, in a thread."""
 
-    def __init__(self, engine, settings=Settings(), drain=5.0):  # noqa: B008
+    def __init__(self, engine, settings=Settings(), drain=30.0):  # noqa: B008
         self.engine, self.app = engine, Server(engine, settings)
         config = uvicorn.Config(self.app, port=0, log_level="error", http="h11", ws="none", timeout_graceful_shutdown=5)
         self.runner = Runner(config, self.app, drain)
@@ -27,12 +27,12 @@ class Serving:
         until(lambda: self.runner.started)
         self.port = self.runner.servers[0].sockets[0].getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self.http = httpx2.Client(base_url=self.url, timeout=20)
+        self.http = httpx2.Client(base_url=self.url, timeout=60)
         self.client = openai.OpenAI(base_url=self.url + "/v1", api_key=settings.api_key or "none", max_retries=0)
 
     def rest(self):
         """As it was, for the next test."""
-        self.engine.paused, self.engine.room, self.engine.delay = False, 1000, 0.0
+        self.engine.paused, self.engine.room, self.engine.hold = False, 1000, 10**9
         until(lambda: not self.engine.running and self.app.open == 0)
         self.engine.cancelled.clear()
         self.engine.submitted.clear()
@@ -41,7 +41,7 @@ class Serving:
         self.http.close()
         self.client.close()
         if self.thread.is_alive():
-            self.engine.paused = False
+            self.engine.paused, self.engine.hold = False, 10**9
             self.runner.should_exit = True
         self.thread.join(20)
         assert not self.thread.is_alive()
@@ -56,7 +56,7 @@ def serving(engine=None, **options):
         it.stop()
 
 
-def until(true, seconds=10.0):
+def until(true, seconds=30.0):
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "it did not come to pass"
@@ -77,7 +77,7 @@ def in_thread(fn):
     thread.start()
 
     def result():
-        thread.join(20)
+        thread.join(60)
         assert found, "no answer"
         return found[0]
 

@@ -19,7 +19,7 @@ from oracles.torch_models import torch_logits
 from zoo import KEY
 
 import peft_jax as pj
-from peft_jax import adapters, methods, training, trees
+from peft_jax import methods, training, trees
 from peft_jax.interop import hf_peft
 from peft_jax.methods.dylora import DyLoRA
 from peft_jax.methods.lora import LoRA
@@ -294,13 +294,6 @@ def test_lora_is_truncated_by_the_same_function() -> None:
     np.testing.assert_array_equal(q.b, whole.b[:, :2])
     np.testing.assert_array_equal(q.scale, np.full(3, 3, np.float32))
     assert same(methods.truncate(params, 4, name="one"), params)
-
-
-def test_a_stack_holds_the_rank_in_use() -> None:
-    params, _ = METHOD(KEY, zoo.base("llama"), LLAMA)
-    noisy = methods.use_rank(zoo.disturbed(params), 2)
-    stack, _ = adapters.stack({"two": noisy}, LLAMA)
-    close(pj.merge(stack), pj.merge(noisy), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("form", ["whole", "in use", "truncated"])

@@ -4,7 +4,6 @@ import warnings
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import optax
 import peft
 import pytest
@@ -17,7 +16,7 @@ from oracles.torch_models import numbers, ours, torch_logits, torch_model
 from zoo import BATCH, KEY
 
 import peft_jax as pj
-from peft_jax import adapters, methods, models, quant
+from peft_jax import methods, models, quant
 from peft_jax.interop import hf_peft
 from peft_jax.models import Model
 from peft_jax.weights import innermost, is_weight
@@ -57,25 +56,6 @@ def test_every_method_works_on_a_quantised_base(name: str, stored: str) -> None:
     up = merged["model"]["layers"]["mlp"]["up_proj"]["kernel"]
     assert same(up, own["model"]["layers"]["mlp"]["up_proj"]["kernel"])
     assert is_weight(up)
-
-
-def test_several_adapters_share_a_quantised_base() -> None:
-    own = STORED["nf4"](KEY, zoo.base("llama"), zoo.build("llama"))[0]
-    wide, narrow = methods.lora(4, 8, "(q|o)_proj|embed"), methods.lora(2, 8, "q_proj")
-    each = {
-        "wide": zoo.disturbed(wide(KEY, own, zoo.build("llama"))[0]),
-        "narrow": zoo.disturbed(narrow(KEY, own, zoo.build("llama"))[0]),
-    }
-    params, forward = adapters.stack(each, zoo.build("llama"))
-    one = jax.jit(zoo.build("llama"))
-    tokens = jnp.asarray(zoo.TOKENS[:3])
-    mixed = jax.jit(forward)(params, tokens, pj.Ports(adapter=jnp.array([0, 1, -1])))
-    for row, tree in enumerate((each["wide"], each["narrow"], own)):
-        close(mixed[row], one(tree, tokens)[row], atol=1e-4)
-    assert same(pj.strip(params), own)
-    plain = narrow(KEY, zoo.base("llama"), zoo.build("llama"))[0]
-    with pytest.raises(ValueError, match=r"'narrow' is on another base: .*_proj/kernel is an array of .* not FourBit"):
-        adapters.stack(each | {"narrow": plain}, zoo.build("llama"))
 
 
 # Rows as long as a block: bitsandbytes 0.50 decodes shorter ones wrongly on the CPU, where it looks absmax up by rows.

@@ -200,6 +200,7 @@ def test_what_cannot_be_served_is_refused_with_a_reason(saved: Any, tmp_path: Pa
         ([1], Sampling(), "nobody", 404, "no adapter is loaded as 'nobody'"),
         ([1] * 30, Sampling(max_tokens=4), None, 400, "exceed the 32 tokens that a request has"),
         ([], Sampling(), None, 400, "the prompt is empty"),
+        ([zoo.VOCAB], Sampling(), None, 400, "not in the vocabulary of 64"),
         ([1], Sampling(logprobs=50), None, 400, "20 are told at most"),
     ):
         with pytest.raises(Refused, match=words) as refused:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import transformers
 import zoo
+from checks import close
 
 import peft_jax as pj
 from peft_jax import methods, models, trees
@@ -164,6 +165,44 @@ def test_what_is_no_product_of_low_rank_is_refused() -> None:
     unrolled = models.from_config(zoo.CONFIGS["llama"], zoo.KEY, scan=False)
     with pytest.raises(ValueError, match="no stacked matrices to adapt: load it with scan=True"):
         pool.targets_of(unrolled.forward, unrolled.params)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dylora", "adalora", "vera", "pissa"])
+def test_every_kind_of_low_rank_is_laid_flat(kind: str) -> None:
+    """What an adapter adds to the base, read back from its rows; pruned triplets take none."""
+    model = models.from_config(zoo.CONFIGS["llama"], zoo.KEY)
+    method = {
+        "lora": methods.lora(4, 2, "(q|down)_proj", rank_pattern={"q_proj": 2}, rslora=True),
+        "dylora": methods.dylora(6, 3.0),
+        "adalora": methods.adalora(2, initial_rank=5),
+        "vera": methods.vera(12, "(q|v|up)_proj"),
+        "pissa": methods.pissa(2),
+    }[kind]
+    random, targets = np.random.RandomState(3), pool.targets_of(model.forward, model.params)
+    params, _ = method(zoo.KEY, model.params, model.forward)
+    params = methods.use_rank(params, 3) if kind == "dylora" else params
+    if kind == "pissa":
+        with pytest.raises(ValueError, match=r"LoRA at .*, which is no product of low rank on the base"):
+            packing.pack(params, targets, 16, np.float32)
+        return
+    trained, frozen = pj.partition(params)
+    trained = jax.tree.map(lambda x: jnp.asarray(random.standard_normal(x.shape), x.dtype), trained)
+    params = pj.combine(trained, frozen)
+    if kind == "adalora":
+        prune = lambda path, w: dataclasses.replace(w, values=w.values.at[:, ::2].set(0.0))  # noqa: E731
+        params = trees.rewrite(params, "adalora", prune)
+    packed = packing.pack(params, targets, 16, np.float32)
+    assert packed.rank == {"lora": 4, "dylora": 3, "adalora": 2, "vera": 12}[kind]
+    merged, base = trees.leaves(pj.merge(params)), trees.leaves(model.params)
+    assert len(packed.spans) == {"lora": 2, "dylora": 2, "adalora": 7, "vera": 3}[kind]
+    for path, (start, middle, end) in packed.spans.items():
+        inputs, outputs = base[path].shape[-2:]
+        a = packed.block[:, start:middle].reshape(zoo.LAYERS, -1)
+        b = packed.block[:, middle:end].reshape(zoo.LAYERS, -1)
+        a, b = (x[:, : x.shape[1] // n * n].reshape(zoo.LAYERS, -1, n) for x, n in ((a, inputs), (b, outputs)))
+        r = min(a.shape[1], b.shape[1])
+        assert not np.any(a[:, r:]) and not np.any(b[:, r:])
+        close(a[:, :r].swapaxes(1, 2) @ b[:, :r], merged[path] - base[path], atol=1e-4)
 
 
 def test_rows_are_the_paper_s_where_matrices_are_as_wide_as_a_row() -> None:

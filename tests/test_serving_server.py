@@ -323,6 +323,7 @@ def test_loading_stays_in_the_allowed_directories(tmp_path):
             "../outside",
             "good/../../outside",
             "good/..",
+            "good/../good",
             "link",
             "leaky",
             "/etc",
@@ -386,7 +387,7 @@ def test_metrics_are_prometheus_text():
     families = {family.name: family for family in text_string_to_metric_families(answer.text)}
     values = {(s.name, *sorted(s.labels.values())): s.value for f in families.values() for s in f.samples}
     assert values["peft_jax_rows_free",] == 7 and values["peft_jax_engine_up",] == 1
-    assert values["peft_jax_steps_total",] == 22
+    assert values["peft_jax_steps_total",] == 22 and values["peft_jax_engine_step_seconds",] == 0
     assert families["peft_jax_steps"].type == "counter" and families["peft_jax_rows_free"].type == "gauge"
     assert values["peft_jax_requests_finished_total", "stop"] == 3
     assert values["peft_jax_http_requests_total", "/v1/completions", "200"] == 2

@@ -222,7 +222,7 @@ def test_meshes_that_do_not_fit_are_refused() -> None:
 def test_the_command_line_splits_a_model(tmp_path: Any) -> None:
     models.save(tmp_path / "model", MODEL)
     assert arguments(["--model", "x", "--tensor", "4"]).tensor == 4
-    made = build_engine(tmp_path / "model", tensor=N, context=16, rows=100)
+    made = build_engine(tmp_path / "model", tensor=N, context=16, rows=100, warm_up=False)
     rows = made.device.rows
     assert math.prod(rows.addressable_shards[0].data.shape) * N == rows.size
     assert rows.sharding.mesh.shape["tensor"] == N == len(rows.sharding.device_set)

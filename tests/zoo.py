@@ -16,7 +16,7 @@ import optax
 import transformers
 
 import peft_jax as pj
-from peft_jax import adapters, methods, quant, trees
+from peft_jax import methods, quant, trees
 from peft_jax.methods.lora import LoRA
 from peft_jax.methods.vera import VeRA
 from peft_jax.models import families
@@ -224,8 +224,8 @@ TABLE = VOCAB * WIDTH
 
 def several(key: Any, params: Any, forward: pj.Forward) -> tuple[Any, pj.Forward]:
     """Two adapters in one leaf, of other ranks and targets; the first is in use."""
-    made = {"wide": methods.lora(4, 8, "(q|o)_proj|embed"), "narrow": methods.lora(2, 8, "q_proj")}
-    return adapters.stack({name: method(key, params, forward)[0] for name, method in made.items()}, forward)
+    made = {"wide": methods.lora(4, 8, "(q|o)_proj|embed"), "narrow": methods.lora(2, 8, "q_proj", layers=[1])}
+    return methods.slora({name: method(key, params, forward)[0] for name, method in made.items()})(key, params, forward)
 
 
 def baked(key: Any, params: Any, forward: pj.Forward) -> tuple[Any, pj.Forward]:
@@ -366,9 +366,9 @@ ROWS = (
     ),
     Row(
         "several adapters",
-        (),
+        ("slora",),
         several,
-        LAYERS * (low_rank(2, Q) + low_rank(4, Q, OUT)) + low_rank(4, EMBED),
+        low_rank(2, Q) + LAYERS * low_rank(4, Q, OUT) + low_rank(4, EMBED),
         foreign="say which to save",
     ),
     Row("prompt", ("prompt_tuning",), methods.prompt_tuning(4), 4 * WIDTH, **PUT_BEFORE),

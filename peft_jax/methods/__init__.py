@@ -14,6 +14,7 @@ from peft_jax.methods.prefix_tuning import bake, prefix_tuning
 from peft_jax.methods.prompt_tuning import prompt_tuning
 from peft_jax.methods.qalora import qalora
 from peft_jax.methods.qlora import qlora
+from peft_jax.methods.slora import slora
 from peft_jax.methods.unfreeze import unfreeze
 from peft_jax.methods.vera import vera
 
@@ -38,6 +39,7 @@ __all__ = [
     "qlora",
     "ranks",
     "shift_attention",
+    "slora",
     "truncate",
     "unfreeze",
     "use_rank",

@@ -90,7 +90,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     engine.add_argument("--memory", type=_share, help="the share of the device's memory for model and pool")
     engine.add_argument("--max-batch", type=_whole(1), help="requests that run at a time")
     engine.add_argument("--context", type=_whole(1), help="tokens of prompt and answer together")
-    engine.add_argument("--policy", choices=["fcfs", "cluster", "abort"], help="who runs next")
+    engine.add_argument("--policy", choices=["fcfs", "cluster", "abort", "fair"], help="who runs next")
     engine.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of weights and activations")
     engine.add_argument("--quantise", choices=["none", "nf4", "int4"], help="the base's weights")
     engine.add_argument("--tensor", type=_whole(1), metavar="N", help="devices that share the model (tensor parallel)")

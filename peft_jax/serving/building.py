@@ -35,6 +35,7 @@ def build_engine(
     dtype: str = "float32",
     quantise: str = "none",
     tensor: int = 1,
+    warm_up: bool = True,
     **options: Any,
 ) -> Engine:
     """The engine for a model and the adapters in a directory, each in one of its own, ready to serve.
@@ -50,6 +51,7 @@ def build_engine(
         dtype: of weights, activations and the pool.
         quantise: "none", "nf4" or "int4": the base's matrices in four bits.
         tensor: how many devices share the model and the pool.
+        warm_up: compiles all that requests can need before it is given back; else what they need, when they do.
         options: further ones of `Engine`.
 
     Raises:
@@ -102,6 +104,8 @@ def build_engine(
     for folder in found:
         engine.load(folder.name, folder)
     logger.info("%s: %d rows (%.2f GB on each device), %d adapters", name, rows, rows * row / 1e9, len(found))
+    if warm_up:
+        logger.info("%d programs are compiled", engine.warm_up())
     return engine
 
 

@@ -36,6 +36,7 @@ from peft_jax.serving.store import AdapterInfo, AdapterStore
 from peft_jax.serving.text import Text
 
 FINISHES: tuple[Finish, ...] = ("stop", "length", "cancelled", "aborted", "error")
+KEPT = 4096  # requests whose gaps are remembered
 IDLE = 0.002  # seconds for which a round that can compute nothing waits for an adapter to be read
 
 
@@ -102,6 +103,7 @@ class Engine:
                 f"context={context}: the model has {spec.positions} positions and the largest shape {longest} tokens"
             )
         self.model_name, self.tokenizer, self.shapes, self.clock = name, model.tokenizer, shapes, clock
+        self.vocabulary = spec.vocab
         tensor.check(spec, model.params, mesh)
         self.targets = pool.targets_of(model.forward, model.params, mesh)
         self.device = Device(model.forward, model.params, self.targets, rows, dtype, mesh)
@@ -131,7 +133,7 @@ class Engine:
         self._finished = dict.fromkeys(FINISHES, 0)
         self._counted = {"tokens_prompt_total": 0, "tokens_generated_total": 0, "steps_total": 0}
         self.gaps: dict[int, float] = {}
-        """By request, the smallest distance of the two largest logits at its tokens so far, which tells near-ties."""
+        """Of the latest requests, the smallest distance of the two largest logits at their tokens: near-ties."""
 
     # -- what is asked of it ------------------------------------------------------------------------------------------
 
@@ -152,6 +154,8 @@ class Engine:
                 f"a prompt of {len(prompt)} tokens and {sampling.max_tokens} new ones exceed the {self.limits.context} "
                 "tokens that a request has: shorten the prompt or lower max_tokens"
             )
+        if not 0 <= min(prompt) <= max(prompt) < self.vocabulary:
+            raise Refused(f"the prompt has a token that is not in the vocabulary of {self.vocabulary}")
         if (sampling.logprobs or 0) > MOST_LOGPROBS:
             raise Refused(f"logprobs is {sampling.logprobs}: {MOST_LOGPROBS} are told at most")
         request = Request(self._last + 1, prompt, sampling, adapter, self.clock(), priority)
@@ -291,6 +295,8 @@ class Engine:
         assert request.finish is not None
         self._finished[request.finish] += 1
         del self._texts[request.id], self._seeds[request.id]
+        while len(self.gaps) > KEPT:
+            del self.gaps[next(iter(self.gaps))]
 
     def _put(self, rows: np.ndarray, packed: packing.Packed) -> Placed:
         fit(packed.rank, self.shapes.ranks, "directions")
@@ -302,7 +308,7 @@ class Engine:
         for rank in (0, *self.shapes.ranks):
             for earlier in self.shapes.context:
                 for batch, length in ((self.shapes.prompts, self.shapes.chunk), *((n, 1) for n in self.shapes.rows)):
-                    self.device.step(_empty(batch, length, earlier, self.device, rank))
+                    np.asarray(self.device.step(_empty(batch, length, earlier, self.device, rank)).token)
         largest = pool.Tables(self.targets, self.device.width, self.shapes.ranks[-1]).size
         layers = self.device.layers
         for power in range(largest.bit_length() + 1):

@@ -40,18 +40,17 @@ class Metrics:
             PREFIX + "request_seconds", "From a request's arrival to the end of a choice", buckets=SECONDS, **own
         )
 
-    def text(self, stats: Mapping[str, float], up: bool) -> bytes:
+    def text(self, stats: Mapping[str, float]) -> bytes:
         """The whole exposition.
 
         Args:
             stats: what the engine counts; ``name{label}`` gives the label `reason`.
-            up: whether the engine runs.
 
-        >>> b"peft_jax_rows_free 7.0" in Metrics().text({"rows_free": 7}, up=True)
+        >>> b"peft_jax_rows_free 7.0" in Metrics().text({"rows_free": 7})
         True
         """
         engine = prometheus.CollectorRegistry()
-        engine.register(_Stats({"engine_up": int(up), **stats}))
+        engine.register(_Stats(stats))
         return prometheus.generate_latest(engine) + prometheus.generate_latest(self.registry)
 
 

@@ -9,14 +9,14 @@ import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Float
 
 from peft_jax import trees
 from peft_jax.core import Params, Path
 from peft_jax.interop import hf_peft
-from peft_jax.methods.lora import LoRA
+from peft_jax.methods.directions import directions, is_adapter
+from peft_jax.methods.vera import VeRA
 from peft_jax.serving.pool import Target
 from peft_jax.weights import is_weight
 
@@ -77,11 +77,23 @@ def pack(params: Params, targets: tuple[Target, ...], width: int, dtype: Any) ->
 
 
 def factors(w: Any, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """``A [layers, r, in]`` and ``B [layers, r, out]`` in fp32, with every scale in B."""
-    if isinstance(w, LoRA):
-        a, b, scale = (np.asarray(jax.device_get(x), np.float32) for x in (w.a, w.b, w.scale))
-        return a.swapaxes(-1, -2), scale[:, None, None] * b
-    raise ValueError(f"the adapter has {type(w).__name__} at {where}, which is no product of low rank beside the base")
+    """``A [layers, r, in]`` and ``B [layers, r, out]`` in fp32, with every scale in B; directions that no layer has are
+    left out, and those that one lacks are zeros."""
+    if not is_adapter(w) or hasattr(w.base, "base"):
+        raise ValueError(f"the adapter has {type(w).__name__} at {where}, which is no product of low rank on the base")
+    found = directions(w)
+    if isinstance(w, VeRA):
+        layers, (down, up) = len(found.held), (np.asarray(x) for x in w.pair(np.float32))
+        a, b = (np.broadcast_to(x, (layers, *x.shape)) for x in (down.T, up))
+    else:
+        a, b = (np.asarray(x, np.float32) for x in (found.a, found.b))
+    scale = np.asarray(found.scale, np.float32)[:, None]
+    scale = np.where(found.held, scale if found.d is None else scale * np.asarray(found.d, np.float32), 0)
+    b = b * scale[..., None]
+    b = b if found.out is None else b * np.asarray(found.out, np.float32)[:, None]
+    order = np.argsort(~found.held, axis=1, kind="stable")[:, : max(1, found.held.sum(1).max()), None]
+    there = np.take_along_axis(found.held[..., None], order, 1)
+    return tuple(np.where(there, np.take_along_axis(x, order, 1), 0) for x in (a, b))  # type: ignore[return-value]
 
 
 def parts_of(

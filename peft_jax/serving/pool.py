@@ -30,7 +30,7 @@ from peft_jax import sharding, trees
 from peft_jax.attention import Visible
 from peft_jax.core import Forward, Inputs, Params, Path, Spec
 from peft_jax.sequence import KeyValues, Sequence
-from peft_jax.serving import tensor
+from peft_jax.serving import kernels, tensor
 from peft_jax.weights import Weight, linear, materialise, static
 
 NAME = "pool"
@@ -126,9 +126,8 @@ def low_rank(
     outputs: int,
 ) -> Float[Array, "... outputs"]:
     """``x[i] A_iᵀ B_i``, the matrices gathered once for each row of the batch, whose tokens follow one another in x."""
-    each = x.reshape(len(a_rows), -1, x.shape[-1])
-    y = tensor.expand(tensor.shrink(each, rows, layer, a_rows, rank), rows, layer, b_rows, outputs)
-    return y.reshape(*x.shape[:-1], outputs)
+    each = x.reshape(a_rows.shape[0], -1, x.shape[-1])
+    return kernels.lowrank(each, rows, layer, a_rows, b_rows, rank, outputs).reshape(*x.shape[:-1], outputs)
 
 
 def adapt(params: Params, targets: tuple[Target, ...], layers: int) -> Params:
@@ -264,16 +263,16 @@ class Paged(KeyValues):
         # As they will be read from the pool by later calls, to the bit.
         key, value = (x.astype(self.rows.dtype).astype(query.dtype) for x in (key, value))
 
-        def own(query: Array, key: Array, value: Array, rows: Array, layer: Array, context: Array, seen: Any) -> Array:
-            def all_of(ids: Array, own: Array) -> Array:
-                earlier = rows[layer, ids].astype(own.dtype).reshape(*ids.shape, *own.shape[2:])
-                return jnp.concatenate([earlier, own], 1)
+        if visible.bias is not None:
+            raise ValueError("attention over the pool knows no bias on scores")
 
-            return attend(query, all_of(context[..., 0], key), all_of(context[..., 1], value), seen, scale)
+        def own(window: Any, *given: Array) -> Array:
+            return kernels.paged_attention(*given, scale, window=window, cap=visible.cap)
 
-        heads = tensor.HEADS
-        over = tensor.each_device(own, self.rows, (heads, heads, heads, tensor.ROWS, P(), P(), P()), heads)
-        return over(query, key, value, self.rows, layer, self.context, visible), cache
+        heads, context = tensor.HEADS, (self.context[..., 0], self.context[..., 1])
+        specs = (P(), heads, heads, heads, tensor.ROWS, *[P()] * 5)
+        over = tensor.each_device(own, self.rows, specs, heads)
+        return over(visible.window, query, key, value, self.rows, layer, *context, self.past, self.new), cache
 
     def advance(self, rows: int) -> "Paged":
         return self

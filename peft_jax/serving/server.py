@@ -177,7 +177,8 @@ class Server:
         with contextlib.suppress(Refused, TimeoutError):
             self._stats = await asyncio.wait_for(self.worker.call(lambda engine: dict(engine.stats())), 2.0)
         self.metrics.open.set(self.open)
-        text = self.metrics.text(self._stats, self.worker.alive)
+        now = {"engine_up": int(self.worker.alive), "engine_step_seconds": self.worker.step_seconds}
+        text = self.metrics.text({**now, **self._stats})
         return Response(text, media_type=metrics.CONTENT_TYPE)
 
     async def models(self, request: Request) -> Response:

@@ -15,6 +15,8 @@ the devices in pieces.  What they exchange is the products with A, r numbers a t
 Direction i of an A that is split on them is the one of device ``i mod N``, its ``i // N``-th, so that a table with room
 for more directions changes none; ranks that N does not divide are filled up with zeros.
 
+Attention reads the pool by the kernels that one device has, over its own heads; these products are plain JAX.
+
 Source: section 6 (tensor parallelism).  Departures: that section counts attention; feed-forward layers are the same.
 """
 
@@ -30,6 +32,7 @@ from jaxtyping import Array, Float, Int
 from peft_jax import sharding
 from peft_jax.core import Params, Spec
 from peft_jax.quant.frozen import Frozen, gathered, tied
+from peft_jax.serving.kernels.xla import product, common, matrices
 from peft_jax.weights import Leaf, linear, materialise
 
 AXIS = "tensor"
@@ -85,13 +88,6 @@ def each_device(own: Callable[..., Any], rows: Array, specs: tuple[P, ...], out:
 # -- products of low rank ---------------------------------------------------------------------------------------------
 
 
-def matrix(
-    rows: Float[Array, "layers rows width"], layer: Int[Array, ""], ids: Int[Array, "batch n"], rank: int, each: int
-) -> Float[Array, "batch rank each"]:
-    """What lies flat in these rows, gathered once for each row of the batch."""
-    return rows[layer, ids].reshape(len(ids), -1)[:, : rank * each].reshape(len(ids), rank, each)
-
-
 def shrink(
     x: Float[Array, "batch time inputs"],
     rows: Float[Array, "layers rows width"],
@@ -100,8 +96,8 @@ def shrink(
     rank: int,
 ) -> Float[Array, "batch time rank"]:
     """``x[i] A_iᵀ``."""
-    a = matrix(rows, layer, ids, rank, x.shape[-1]).astype(x.dtype)
-    return jnp.einsum("bti,bri->btr", x, a, preferred_element_type=jnp.float32).astype(x.dtype)
+    a, dtype = matrices(rows, layer, ids, rank, x.shape[-1]), common(x, rows)
+    return product("bti,bri->btr", x.astype(dtype), a.astype(dtype)).astype(x.dtype)
 
 
 def expand(
@@ -112,8 +108,8 @@ def expand(
     outputs: int,
 ) -> Float[Array, "batch time outputs"]:
     """``inner[i] B_i``."""
-    b = matrix(rows, layer, ids, inner.shape[-1], outputs).astype(inner.dtype)
-    return jnp.einsum("btr,bro->bto", inner, b, preferred_element_type=jnp.float32).astype(inner.dtype)
+    b, dtype = matrices(rows, layer, ids, inner.shape[-1], outputs), common(inner, rows)
+    return product("btr,bro->bto", inner.astype(dtype), b.astype(dtype)).astype(inner.dtype)
 
 
 def split_outputs(

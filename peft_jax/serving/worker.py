@@ -53,6 +53,7 @@ class Worker:
         self._commands: queue.SimpleQueue[tuple[Callable[[Engine], Any], Future[Any] | None] | None]
         self._commands = queue.SimpleQueue()
         self._routes: dict[int, tuple[Stream, int]] = {}  # of the engine's thread alone
+        self._began: float | None = None
         self._lock = threading.Lock()
         self._ended = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -66,6 +67,12 @@ class Worker:
     def alive(self) -> bool:
         """Whether requests can be served."""
         return self._thread.is_alive() and not self._ended
+
+    @property
+    def step_seconds(self) -> float:
+        """How long the engine has been at its step by now: what grows without end hangs."""
+        began = self._began
+        return 0.0 if began is None else self.clock() - began
 
     def start(self) -> None:
         """Starts the thread."""
@@ -145,15 +152,16 @@ class Worker:
             wait: float | None = 0.0
             while self._obey(wait):
                 if self.engine.busy:
-                    began = self.clock()
+                    self._began = began = self.clock()
                     events = self.engine.step()
+                    self._began = None
                     wait = 0.0 if events else max(0.0, PAUSE - (self.clock() - began))
                     self._deliver(events)
                 else:
                     wait = None
         except BaseException as error:
             logger.exception("The engine failed, and %d requests with it", len(self._routes))
-            self.failure = error
+            self.failure, self._began = error, None
         finally:
             self._finish()
 

@@ -4,11 +4,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from peft_jax import trees
-from peft_jax.adapters import Adapters
 from peft_jax.core import Params, Path
 from peft_jax.interop.hf_peft.names import Source
 from peft_jax.methods.dora import DoRA, column_norms
@@ -16,6 +14,7 @@ from peft_jax.methods.dylora import DyLoRA, shorten
 from peft_jax.methods.lora import LoRA
 from peft_jax.methods.pissa import Residual
 from peft_jax.methods.qalora import QALoRA
+from peft_jax.methods.slora import Adapters
 from peft_jax.ports import Stored
 from peft_jax.weights import Leaf, Unfrozen, base_of, innermost, is_weight, materialise
 
@@ -62,11 +61,7 @@ def one_of_a_stack(params: Params, adapter: str | None) -> Params:
             raise ValueError(f"the tree holds the adapters {known}: say which to save, adapter=… (got {adapter!r})")
         if isinstance(leaf, Stored):
             return leaf.at(leaf.names.index(adapter))
-        index, lead = leaf.names.index(adapter), leaf.active.ndim
-        layers = len(leaf.several.ranks) // len(leaf.names)
-        mine = jax.tree.map(lambda x: np.asarray(x).take(index, lead), leaf.several)
-        ranks = leaf.several.ranks[index * layers : (index + 1) * layers]
-        return LoRA(leaf.base, mine.a, mine.b, mine.scale, ranks=ranks, name=adapter)
+        return leaf.alone(leaf.names.index(adapter))
 
     def of_a_port(w: Any) -> Any:
         return each((), w) if isinstance(w, Stored) else w
