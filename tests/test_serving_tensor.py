@@ -180,7 +180,7 @@ def test_an_adapter_s_columns_are_what_each_device_needs(rank: int, ends: bool) 
 
 
 def test_a_base_in_four_bits_is_split_too() -> None:
-    """Its numbers are made where its codes lie, and no codes are gathered."""
+    """Its numbers are made where its codes lie: neither is gathered."""
     params, forward = quant.quantise(quant.nf4(block_size=4, double=False), trees.LAYER_MATRICES)(
         zoo.KEY, MODEL.params, MODEL.forward
     )
@@ -197,6 +197,7 @@ def test_a_base_in_four_bits_is_split_too() -> None:
         found.append(device.step(dataclasses.replace(batch, ranked=np.bool_(True))))
         said = sharding.collectives(device.lower(batch).compile())
         assert not any("u8" in array for c in said for array in c.arrays)
+        assert max((c.bytes for c in said), default=0) <= 4 * 4 * VOCAB, "the logits are the largest thing that travels"
     np.testing.assert_allclose(found[0].top_logprob, found[1].top_logprob, rtol=0, atol=1e-4)
     assert not np.allclose(found[0].top_logprob[0], found[0].top_logprob[1], atol=1e-2), "the adapter does something"
 
