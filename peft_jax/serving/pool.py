@@ -262,17 +262,26 @@ class Paged(KeyValues):
         cache = dataclasses.replace(self, keys=put(self.keys, key), values=put(self.values, value))
         # As they will be read from the pool by later calls, to the bit.
         key, value = (x.astype(self.rows.dtype).astype(query.dtype) for x in (key, value))
-
         if visible.bias is not None:
             raise ValueError("attention over the pool knows no bias on scores")
 
-        def own(window: Any, *given: Array) -> Array:
-            return kernels.paged_attention(*given, scale, window=window, cap=visible.cap)
+        def own(
+            q: Array,
+            k: Array,
+            v: Array,
+            rows: Array,
+            layer: Array,
+            earlier: Array,
+            past: Array,
+            new: Array,
+            window: Any,
+        ) -> Array:
+            tables = earlier[..., 0], earlier[..., 1]
+            return kernels.paged_attention(q, k, v, rows, layer, *tables, past, new, scale, window, visible.cap)
 
-        heads, context = tensor.HEADS, (self.context[..., 0], self.context[..., 1])
-        specs = (P(), heads, heads, heads, tensor.ROWS, *[P()] * 5)
-        over = tensor.each_device(own, self.rows, specs, heads)
-        return over(visible.window, query, key, value, self.rows, layer, *context, self.past, self.new), cache
+        heads = tensor.HEADS
+        over = tensor.each_device(own, self.rows, (heads, heads, heads, tensor.ROWS, *[P()] * 5), heads)
+        return over(query, key, value, self.rows, layer, self.context, self.past, self.new, visible.window), cache
 
     def advance(self, rows: int) -> "Paged":
         return self

@@ -32,7 +32,7 @@ from jaxtyping import Array, Float, Int
 from peft_jax import sharding
 from peft_jax.core import Params, Spec
 from peft_jax.quant.frozen import Frozen, gathered, tied
-from peft_jax.serving.kernels.xla import product, common, matrices
+from peft_jax.serving.kernels.xla import common, matrices, product
 from peft_jax.weights import Leaf, linear, materialise
 
 AXIS = "tensor"
