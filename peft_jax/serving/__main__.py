@@ -24,7 +24,7 @@ from peft_jax.serving.server import Server, Settings
 
 logger = logging.getLogger("peft_jax.serving")
 KEY = "PEFT_JAX_API_KEY"
-ENGINE = ("adapters", "rows", "memory", "max_batch", "context", "policy", "dtype", "quantise")
+ENGINE = ("adapters", "rows", "memory", "max_batch", "context", "policy", "dtype", "quantise", "tensor")
 
 
 class Runner(uvicorn.Server):
@@ -93,6 +93,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     engine.add_argument("--policy", choices=["fcfs", "cluster", "abort", "fair"], help="who runs next")
     engine.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of weights and activations")
     engine.add_argument("--quantise", choices=["none", "nf4", "int4"], help="the base's weights")
+    engine.add_argument("--tensor", type=_whole(1), metavar="N", help="devices that share the model (tensor parallel)")
     return parser.parse_args(argv)
 
 

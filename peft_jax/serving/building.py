@@ -8,8 +8,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from peft_jax import models, quant, trees
+from peft_jax import models, quant, sharding, trees
 from peft_jax.serving import pool
 from peft_jax.serving.engine import Engine
 from peft_jax.serving.policies import Abort, Cluster, Fair, Fcfs, Policy
@@ -33,6 +34,7 @@ def build_engine(
     policy: str = "fcfs",
     dtype: str = "float32",
     quantise: str = "none",
+    tensor: int = 1,
     warm_up: bool = True,
     **options: Any,
 ) -> Engine:
@@ -48,31 +50,34 @@ def build_engine(
         policy: "fcfs", "cluster", "abort" or "fair".
         dtype: of weights, activations and the pool.
         quantise: "none", "nf4" or "int4": the base's matrices in four bits.
+        tensor: how many devices share the model and the pool.
         warm_up: compiles all that requests can need before it is given back; else what they need, when they do.
         options: further ones of `Engine`.
 
     Raises:
-        ValueError: if an option is none of those, or the memory does not hold the model and a pool.
+        ValueError: if an option is none of those, there are not so many devices or they do not divide the model's
+            heads, or the memory does not hold the model and a pool.
     """
     if policy not in POLICIES:
         raise ValueError(f"policy is {policy!r}: choose one of {', '.join(POLICIES)}")
     if quantise != "none" and quantise not in FORMATS:
         raise ValueError(f"quantise is {quantise!r}: choose 'none', {' or '.join(map(repr, FORMATS))}")
-    loaded = models.load(model, dtype=jnp.dtype(dtype), remat="none", lazy=quantise != "none")
+    mesh = over(tensor)
+    whole = None if quantise != "none" else mesh  # what is quantised first is read by the quantising
+    loaded = models.load(model, dtype=jnp.dtype(dtype), remat="none", lazy=quantise != "none", mesh=whole)
     if quantise != "none":
         method = quant.quantise(FORMATS[quantise](), trees.LAYER_MATRICES)
         params, forward = method(jax.random.key(0), loaded.params, loaded.forward)
-        loaded = models.Model(
-            trees.place(params), forward, loaded.config, loaded.tokenizer, loaded.generation, loaded.head
-        )
+        params = trees.place(params) if mesh is None else sharding.shard(params, forward, mesh)
+        loaded = models.Model(params, forward, loaded.config, loaded.tokenizer, loaded.generation, loaded.head)
     spec = loaded.forward.spec
     longest = min(context, spec.positions or context)
-    row = spec.layers * pool.width_of(spec) * jnp.dtype(dtype).itemsize
+    row = spec.layers * pool.width_of(spec) * jnp.dtype(dtype).itemsize // tensor  # on each device
     if rows is None:
-        held = sum(x.nbytes for x in jax.tree.leaves(loaded.params))
-        rows = (
-            int(min(memory * device_memory() - held, MOST if jax.default_backend() == "cpu" else float("inf"))) // row
-        )
+        held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(loaded.params))
+        on_cpu = jax.default_backend() == "cpu"
+        most, shared = (MOST / tensor, tensor) if on_cpu else (float("inf"), 1)  # devices of one machine's memory
+        rows = int(min(memory * device_memory() / shared - held, most)) // row
     if rows < 2 * longest:
         raise ValueError(
             f"the pool has {max(0, rows)} rows of {row} bytes, and a request of {longest} tokens takes {2 * longest}: "
@@ -87,6 +92,7 @@ def build_engine(
     engine = Engine(
         loaded,
         rows=rows,
+        mesh=mesh,
         name=name,
         dtype=jnp.dtype(dtype),
         context=longest,
@@ -97,10 +103,18 @@ def build_engine(
     found = sorted(p.parent for p in Path(adapters).glob("*/adapter_config.json")) if adapters else []
     for folder in found:
         engine.load(folder.name, folder)
-    logger.info("%s: %d rows (%.2f GB), %d adapters", name, rows, rows * row / 1e9, len(found))
+    logger.info("%s: %d rows (%.2f GB on each device), %d adapters", name, rows, rows * row / 1e9, len(found))
     if warm_up:
         logger.info("%d programs are compiled", engine.warm_up())
     return engine
+
+
+def over(devices: int) -> Mesh | None:
+    """A mesh of so many devices; None of one."""
+    found = jax.devices()
+    if devices > len(found):
+        raise ValueError(f"tensor is {devices} and JAX finds {len(found)} devices: give at most so many")
+    return None if devices == 1 else sharding.mesh(tensor=devices, devices=found[:devices])
 
 
 def device_memory() -> int:

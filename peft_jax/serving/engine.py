@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from peft_jax.interop.hf_peft import files
-from peft_jax.serving import packing, pool
+from peft_jax.serving import packing, pool, tensor
 from peft_jax.serving.events import Event, TokenLogprob, Usage
 from peft_jax.serving.policies import Policy
 from peft_jax.serving.prefixes import PrefixCache
@@ -59,6 +60,7 @@ class Engine:
     Args:
         model: of `models.load`, its layers stacked; its base may be in few bits.
         rows: of the pool.
+        mesh: devices that share the model and the pool, on its axis ``tensor`` (`peft_jax.sharding.mesh`).
         name: what the base is called.
         dtype: of the pool: keys, values and adapters.
         context: tokens of prompt and answer together; by default the model's positions, if the shapes have them.
@@ -70,7 +72,8 @@ class Engine:
         seed: of the requests that bring none.
 
     Raises:
-        ValueError: if the model cannot be served: no cache, layers that are not stacked, positions that lack.
+        ValueError: if the model cannot be served: no cache, layers that are not stacked, positions that lack, key heads
+            that the mesh does not divide.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class Engine:
         model: Any,
         *,
         rows: int,
+        mesh: Mesh | None = None,
         name: str = "base",
         dtype: Any = jnp.float32,
         context: int | None = None,
@@ -100,8 +104,9 @@ class Engine:
             )
         self.model_name, self.tokenizer, self.shapes, self.clock = name, model.tokenizer, shapes, clock
         self.vocabulary = spec.vocab
-        self.targets = pool.targets_of(model.forward, model.params)
-        self.device = Device(model.forward, model.params, self.targets, rows, dtype)
+        tensor.check(spec, model.params, mesh)
+        self.targets = pool.targets_of(model.forward, model.params, mesh)
+        self.device = Device(model.forward, model.params, self.targets, rows, dtype, mesh)
         allocator, width = Allocator(rows), self.device.width
 
         def read(directory: str) -> packing.Packed:

@@ -67,7 +67,7 @@ def pack(params: Params, targets: tuple[Target, ...], width: int, dtype: Any) ->
         a, b = factors(leaf, "/".join(path))
         if not (np.isfinite(a).all() and np.isfinite(b).all()):
             raise ValueError(f"the adapter holds NaN or Inf at {'/'.join(path)}: it is damaged, or did not train well")
-        rows = [_flat(x, width, dtype) for x in (a, b)]
+        rows = [_flat(x, width, dtype) for x in parts_of(a, b, wanted[path])]
         spans[path] = (n, n + rows[0].shape[1], n + rows[0].shape[1] + rows[1].shape[1])
         n, rank = spans[path][2], max(rank, a.shape[1])
         parts += rows
@@ -96,7 +96,23 @@ def factors(w: Any, where: str) -> tuple[np.ndarray, np.ndarray]:
     return tuple(np.where(there, np.take_along_axis(x, order, 1), 0) for x in (a, b))  # type: ignore[return-value]
 
 
+def parts_of(
+    a: Float[np.ndarray, "layers rank inputs"], b: Float[np.ndarray, "layers rank outputs"], target: Target
+) -> tuple[np.ndarray, np.ndarray]:
+    """A and B as each device needs them ``[layers, devices, directions, numbers]``; filled up with zeros where they do
+    not divide (see `peft_jax.serving.tensor`)."""
+    devices, (layers, rank, _) = target.devices, a.shape
+    fill = lambda x, axis: np.pad(x, [(0, -x.shape[i] % devices * (i == axis)) for i in range(3)])  # noqa: E731
+    across = lambda x: fill(x, 2).reshape(layers, rank, devices, -1).swapaxes(1, 2)  # noqa: E731
+    if target.ends:
+        return across(a), across(b)
+    return fill(a, 1).reshape(layers, -1, devices, target.inputs).swapaxes(1, 2), across(b)
+
+
 def _flat(x: np.ndarray, width: int, dtype: Any) -> np.ndarray:
-    """``[layers, r, d]`` to ``[layers, rows, width]``, the last row filled up with zeros."""
-    x = x.reshape(len(x), -1)
-    return np.pad(x, ((0, 0), (0, -x.shape[1] % width))).reshape(len(x), -1, width).astype(dtype)
+    """``[layers, devices, r, d]`` to ``[layers, rows, width]``, each device's part in its own columns, direction after
+    direction, the last row filled up with zeros."""
+    layers, devices = x.shape[:2]
+    x, share = x.reshape(layers, devices, -1), width // devices
+    x = np.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % share))).reshape(layers, devices, -1, share)
+    return x.swapaxes(1, 2).reshape(layers, -1, width).astype(dtype)

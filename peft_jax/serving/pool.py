@@ -22,13 +22,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from peft_jax import trees
+from peft_jax import sharding, trees
 from peft_jax.attention import Visible
 from peft_jax.core import Forward, Inputs, Params, Path, Spec
 from peft_jax.sequence import KeyValues, Sequence
-from peft_jax.serving import kernels
+from peft_jax.serving import kernels, tensor
 from peft_jax.weights import Weight, linear, materialise, static
 
 NAME = "pool"
@@ -40,25 +42,36 @@ class Target(NamedTuple):
     path: Path
     inputs: int
     outputs: int
+    devices: int = 1
+    """Over which it is split: on its outputs, or on its inputs if it `ends` a block."""
+    ends: bool = False
 
     def rows(self, rank: int, width: int) -> tuple[int, int]:
         """How many rows hold A, and B."""
-        return -(-rank * self.inputs // width), -(-rank * self.outputs // width)
+        mine, share = -(-rank // self.devices), width // self.devices
+        a = rank * (self.inputs // self.devices) if self.ends else mine * self.inputs
+        b = (rank if self.ends else mine * self.devices) * -(-self.outputs // self.devices)
+        return -(-a // share), -(-b // share)
 
 
 def width_of(spec: Spec) -> int:
     return spec.kv_heads * spec.head_dim
 
 
-def empty(spec: Spec, rows: int, dtype: Any) -> Float[Array, "layers rows width"]:
-    return jnp.zeros((spec.layers, rows, width_of(spec)), dtype)
+def empty(spec: Spec, rows: int, dtype: Any, mesh: Mesh | None = None) -> Float[Array, "layers rows width"]:
+    where = None if mesh is None else NamedSharding(mesh, tensor.ROWS)
+    return jnp.zeros((spec.layers, rows, width_of(spec)), dtype, device=where)
 
 
 def write(
     rows: Float[Array, "layers rows width"], ids: Int[Array, "n"], block: Float[Array, "layers n width"]
 ) -> Float[Array, "layers rows width"]:
     """The array with a block in these rows; ids beyond the last are left out."""
-    return rows.at[:, ids].set(block.astype(rows.dtype), mode="drop")
+
+    def own(rows: Array, ids: Array, block: Array) -> Array:
+        return rows.at[:, ids].set(block.astype(rows.dtype), mode="drop")
+
+    return tensor.each_device(own, rows, (tensor.ROWS, P(), tensor.ROWS), tensor.ROWS)(rows, ids, block)
 
 
 # -- adapters ---------------------------------------------------------------------------------------------------------
@@ -70,6 +83,7 @@ class Pooled(Weight):
     """``base`` plus, for each row of the batch, the product of low rank that its table names.
 
     layer   int32 ``[*layers]``, where the leaf lies in the pool
+    ends    whether a mesh splits the base on its inputs
     a_rows, b_rows   int32 ``[*layers, batch, n]``, there during a call only, as is `rows`, the pool; `rank` is then how
             many directions the tables have room for
     """
@@ -82,16 +96,24 @@ class Pooled(Weight):
     b_rows: Any = None
     rows: Any = None
     rank: int = static(default=0)
+    ends: bool = static(default=False)
     name: str = static(default=NAME)
 
     def materialise(self) -> Array:
         return materialise(self.base)
 
     def linear(self, x: Array) -> Array:
-        y = linear(x, self.base)
         if self.a_rows is None or not self.rank:
-            return y
-        return y + low_rank(x, self.rows, self.layer, self.a_rows, self.b_rows, self.rank, y.shape[-1])
+            return linear(x, self.base)
+        tables = (self.rows, self.layer, self.a_rows, self.b_rows, self.rank)
+        mesh, outputs = tensor.mesh_of(self.rows), self.shape[-1]
+        if mesh is None:
+            return linear(x, self.base) + low_rank(x, *tables, outputs)
+        each = x.reshape(len(self.a_rows), -1, x.shape[-1])
+        if self.ends:
+            return tensor.split_inputs(each, self.base, *tables, mesh).reshape(*x.shape[:-1], outputs)
+        added = tensor.split_outputs(each, *tables, outputs, mesh).reshape(*x.shape[:-1], outputs)
+        return linear(x, self.base) + added
 
 
 def low_rank(
@@ -110,8 +132,11 @@ def low_rank(
 
 def adapt(params: Params, targets: tuple[Target, ...], layers: int) -> Params:
     """The base's tree with a `Pooled` leaf at each target."""
-    wanted = {target.path for target in targets}
-    each = lambda path, leaf: Pooled(leaf, jnp.arange(layers, dtype=jnp.int32)) if path in wanted else leaf  # noqa: E731
+    ends = {target.path: target.ends for target in targets}
+
+    def each(path: Path, leaf: Any) -> Any:
+        return Pooled(leaf, jnp.arange(layers, dtype=jnp.int32), ends=ends[path]) if path in ends else leaf
+
     return trees.map_leaves(each, params)
 
 
@@ -127,15 +152,32 @@ def given(params: Params, rows: Array, tables: Mapping[Path, tuple[Array, Array]
     return trees.share(params | {"methods": {**params.get("methods", {}), NAME: {"rows": rows}}})
 
 
-def targets_of(forward: Forward, params: Params) -> tuple[Target, ...]:
-    """Every matrix of the layers that an adapter may act on; experts, which meet tokens of many rows, are none."""
+def targets_of(forward: Forward, params: Params, mesh: Mesh | None = None) -> tuple[Target, ...]:
+    """Every matrix of the layers that an adapter may act on; experts, which meet tokens of many rows, are none.
+
+    Raises:
+        ValueError: if there is none, or the mesh splits one neither on its inputs nor on its outputs.
+    """
     spec, found = forward.spec, list[Target]()
     for path, leaf in trees.leaves(params).items():
         if path[-1] == "kernel" and spec.stacked(path) and not spec.experts(path):
-            found.append(Target(path, *leaf.shape[-2:]))
+            split = None if mesh is None else sharding.matrix_sharding(path, leaf, mesh)
+            target = Target(path, *leaf.shape[-2:])
+            found.append(target if split is None else _over(target, split))
     if not found:
         raise ValueError("this model has no stacked matrices to adapt: load it with scan=True, as models.load does")
     return tuple(found)
+
+
+def _over(target: Target, split: NamedSharding) -> Target:
+    """A matrix on the devices that split it."""
+    devices = split.mesh.shape[tensor.AXIS]
+    if devices > 1 and tensor.AXIS not in split.spec:
+        raise ValueError(
+            f"{'/'.join(target.path)} is {target.inputs} x {target.outputs}, and the mesh's axis {tensor.AXIS!r} of "
+            f"{devices} divides neither: choose a size that does"
+        )
+    return target._replace(devices=devices, ends=devices > 1 and split.spec[0] == tensor.AXIS)
 
 
 class Tables(NamedTuple):
@@ -190,6 +232,7 @@ class Paged(KeyValues):
     @classmethod
     def start(cls, spec: Spec, rows: Array, context: Array, past: Array, new: Array, time: int) -> "Paged":
         fresh = jnp.zeros((spec.layers, len(past), time, spec.kv_heads, spec.head_dim), rows.dtype)
+        fresh = tensor.placed(fresh, tensor.mesh_of(rows), P(None, None, None, tensor.AXIS))
         return cls(rows, context, past, new, fresh, fresh)
 
     def arrange(self, inputs: Inputs, x: Array) -> Sequence:
@@ -219,11 +262,26 @@ class Paged(KeyValues):
         cache = dataclasses.replace(self, keys=put(self.keys, key), values=put(self.values, value))
         # As they will be read from the pool by later calls, to the bit.
         key, value = (x.astype(self.rows.dtype).astype(query.dtype) for x in (key, value))
-
         if visible.bias is not None:
             raise ValueError("attention over the pool knows no bias on scores")
-        given = (query, key, value, self.rows, layer, self.context[..., 0], self.context[..., 1], self.past, self.new)
-        return kernels.paged_attention(*given, scale, window=visible.window, cap=visible.cap), cache
+
+        def own(
+            q: Array,
+            k: Array,
+            v: Array,
+            rows: Array,
+            layer: Array,
+            earlier: Array,
+            past: Array,
+            new: Array,
+            window: Any,
+        ) -> Array:
+            tables = earlier[..., 0], earlier[..., 1]
+            return kernels.paged_attention(q, k, v, rows, layer, *tables, past, new, scale, window, visible.cap)
+
+        heads = tensor.HEADS
+        over = tensor.each_device(own, self.rows, (heads, heads, heads, tensor.ROWS, *[P()] * 5), heads)
+        return over(query, key, value, self.rows, layer, self.context, self.past, self.new, visible.window), cache
 
     def advance(self, rows: int) -> "Paged":
         return self

@@ -14,11 +14,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from peft_jax import sharding
 from peft_jax.core import Forward, Inputs, Params, Path, Ports
 from peft_jax.sampling import restrict
-from peft_jax.serving import pool
+from peft_jax.serving import pool, tensor
 from peft_jax.serving.pool import Paged, Tables, Target
 
 MOST_LOGPROBS = 20
@@ -108,6 +111,7 @@ def run(
     features, cache = forward.features(params, Inputs(batch.tokens, cache=cache), Ports())
     last = jnp.maximum(batch.new - 1, 0)[:, None, None]
     logits = forward.head(params, jnp.take_along_axis(features, last, axis=1), Ports())[:, 0].astype(jnp.float32)
+    logits = tensor.placed(logits, tensor.mesh_of(rows), P())  # once, and not in every step of a search among them
     return cache.commit(batch.ids), choose(logits, batch)
 
 
@@ -152,12 +156,21 @@ class Device:
     """
 
     def __init__(
-        self, forward: Forward, params: Params, targets: tuple[Target, ...], rows: int, dtype: Any = jnp.float32
+        self,
+        forward: Forward,
+        params: Params,
+        targets: tuple[Target, ...],
+        rows: int,
+        dtype: Any = jnp.float32,
+        mesh: Mesh | None = None,
     ) -> None:
-        spec = forward.spec
+        spec, self.mesh = forward.spec, mesh
+        tensor.check(spec, params, mesh)
+        if mesh is not None:
+            params = sharding.shard(params, forward, mesh)
         self.targets, self.layers, self.width, self.total = targets, spec.layers, pool.width_of(spec), rows
         self.forward, self.params = forward, pool.adapt(params, targets, spec.layers)
-        self.rows = pool.empty(spec, rows, dtype)
+        self.rows = pool.empty(spec, rows, dtype, mesh)
         self.programs = set[tuple[int, ...]]()
         """What was compiled for this device, by shape."""
 
@@ -172,7 +185,10 @@ class Device:
         more = (1 << (len(ids) - 1).bit_length()) - len(ids)
         padded = np.pad(ids.astype(np.int32), (0, more), constant_values=self.total)
         self.programs.add((len(padded),))
-        self.rows = _write(self.rows, padded, np.pad(block, ((0, 0), (0, more), (0, 0))))
+        block = np.pad(block, ((0, 0), (0, more), (0, 0)))
+        if self.mesh is not None:  # to each device its own columns
+            block = jax.device_put(block, NamedSharding(self.mesh, tensor.ROWS))
+        self.rows = _write(self.rows, padded, block)
 
     def table(self, ids: Mapping[Path, tuple[np.ndarray, np.ndarray]], rank: int) -> np.ndarray:
         return Tables(self.targets, self.width, rank).fill(ids)

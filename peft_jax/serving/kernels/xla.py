@@ -39,8 +39,8 @@ def lowrank(
         x32, a32, b32 = (each.astype(jnp.float32) for each in (x, a, b))
         return ((x32 * a32).sum(2, keepdims=True) * b32).sum(1, keepdims=True).astype(x.dtype)
     dtype = common(x, rows)
-    h = _einsum("bti,bri->btr", x.astype(dtype), a.astype(dtype))
-    return _einsum("btr,bro->bto", h, b.astype(jnp.float32)).astype(x.dtype)
+    h = product("bti,bri->btr", x.astype(dtype), a.astype(dtype))
+    return product("btr,bro->bto", h, b.astype(jnp.float32)).astype(x.dtype)
 
 
 def paged_attention(
@@ -71,7 +71,7 @@ def paged_attention(
     # [batch, kv_heads, heads that share one, time, dim] as rows of one matrix for each key head.
     q = query.astype(dtype).reshape(batch, time, kv_heads, -1, dim).transpose(0, 2, 3, 1, 4)
     q = q.reshape(batch, kv_heads, -1, dim)
-    scores = jnp.concatenate([_einsum("bkid,bjkd->bkij", q, each) for each in keys], axis=-1) * scale
+    scores = jnp.concatenate([product("bkid,bjkd->bkij", q, each) for each in keys], axis=-1) * scale
     mine = past[:, None] + steps[None]
     place = jnp.concatenate([jnp.broadcast_to(at[None], key_rows.shape), mine], axis=1)
     distance = mine[:, :, None] - place[:, None, :]
@@ -81,7 +81,7 @@ def paged_attention(
     shares = jax.nn.softmax(jnp.where(seen, scores, HIDDEN), axis=-1)
     shares = jnp.where(seen, shares, 0.0).reshape(batch, kv_heads, -1, context + time).astype(dtype)
     parts = (shares[..., :context], shares[..., context:])
-    y = sum(_einsum("bkij,bjkd->bkid", part, each) for part, each in zip(parts, values, strict=True))
+    y = sum(product("bkij,bjkd->bkid", part, each) for part, each in zip(parts, values, strict=True))
     y = jnp.asarray(y).reshape(batch, kv_heads, -1, time, dim).transpose(0, 3, 1, 2, 4)
     return y.reshape(query.shape).astype(query.dtype)
 
@@ -91,7 +91,7 @@ def common(x: Array, rows: Array) -> jnp.dtype:
     return x.dtype if x.dtype == rows.dtype else jnp.dtype(jnp.float32)
 
 
-def _einsum(how: str, a: Array, b: Array) -> Array:
+def product(how: str, a: Array, b: Array) -> Array:
     """Accumulated in fp32; fp32 operands are multiplied as such on a GPU too, not as tf32."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jnp.einsum(how, a, b, precision=precision, preferred_element_type=jnp.float32)
