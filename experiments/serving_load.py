@@ -21,10 +21,10 @@ DONE = ("stop", "length")
 
 
 class Said(NamedTuple):
-    """What a step did for a request: how many tokens it wrote, and how it ended, if it has."""
+    """What a step did for a request: the tokens that it wrote, and how it ended, if it has."""
 
     request: int
-    tokens: int
+    tokens: tuple[int, ...]
     finish: str | None
 
 
@@ -56,7 +56,7 @@ class Served:
         return self.engine.submit(prompt, Sampling(max_tokens=new, ignore_end=True), self.names[adapter])
 
     def step(self) -> list[Said]:
-        return [Said(event.request, len(event.tokens), event.finish) for event in self.engine.step()]
+        return [Said(event.request, event.tokens, event.finish) for event in self.engine.step()]
 
     def cancel(self, request: int) -> None:
         self.engine.cancel(request)
@@ -86,7 +86,7 @@ class Outcome:
         if said.tokens:
             self.first = now if math.isnan(self.first) else self.first
             self.last = now
-            self.tokens += said.tokens
+            self.tokens += len(said.tokens)
         self.finish = said.finish or self.finish
 
 

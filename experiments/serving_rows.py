@@ -28,6 +28,8 @@ from peft_jax.serving.step import Shapes
 PAPER_CAP = 80e9 / 13.5e9  # an A100-80's memory, in copies of Llama-7B in fp16
 PAPER_GAPS = 12  # the paper's deadline, 6 s, at its usual rate, 2 requests a second: so many gaps between requests
 SELECT = "(q|v)_proj"
+SHAPES = Shapes(rows=(1, 4, 16), prompts=4, chunk=64, context=(128,), ranks=(8,))
+SMALL = Shapes(rows=(1, 4, 16), prompts=4, chunk=64, context=(192,), ranks=(8, 64))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +73,8 @@ class Sizes:
     few: int = 100
     cluster: int = 4
     dtype: str = "bfloat16"
-    shapes: Shapes = Shapes(rows=(1, 4, 16), prompts=4, chunk=64, context=(128,), ranks=(8,))
-    small_shapes: Shapes = Shapes(rows=(1, 4, 16), prompts=4, chunk=64, context=(192,), ranks=(8, 64))
+    shapes: Shapes = SHAPES
+    small_shapes: Shapes = SMALL
     seed: int = 0
 
     def names(self) -> list[str]:
@@ -222,7 +224,7 @@ class Bench:
         places = self.adapters(count, self.sizes.ranks)
         prompt, new = self.sizes.long
         many = self.load(count, 1.2 * scale.capacity, seconds=third)
-        # Every so many have rank 8: those of the long requests are its first.
+        # The long requests are for the first adapter, which has the first rank.
         few = self.load(1, 0.8 * scale.capacity, seconds=third, prompt=prompt, new=new)
         trace = phases([many, few, many], self.sizes.seed)
         options: dict[str, Any] = {"rows": self.sizes.small, "shapes": self.sizes.small_shapes}
@@ -243,8 +245,8 @@ class Bench:
     def _touch(self, system: System, trace: Sequence[Asked]) -> None:
         """A few requests before the clock runs: what compiles on its first call has then compiled."""
         for count in (1, self.sizes.batch // 4, self.sizes.batch):
-            for asked in trace[:count]:
-                system.submit([1] * (asked.prompt - 1), 2, asked.adapter)
+            for asked in trace[:count]:  # of few adapters: the others are still on disk when the clock starts
+                system.submit([1] * asked.prompt, 2, asked.adapter % 5)
             while system.busy:
                 system.step()
 

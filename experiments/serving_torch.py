@@ -74,7 +74,7 @@ class Peft:
         for (number, wanted, _), drawn in zip(self._rows, token.tolist(), strict=True):
             if number in self.tokens and len(self.tokens[number]) < wanted:
                 self.tokens[number].append(drawn)
-                said.append(Said(number, 1, "length" if len(self.tokens[number]) == wanted else None))
+                said.append(Said(number, (drawn,), "length" if len(self.tokens[number]) == wanted else None))
         if all(len(self.tokens.get(number, ())) == wanted for number, wanted, _ in self._rows if number in self.tokens):
             self._rows = []
         return said
