@@ -5,8 +5,8 @@
 
 In the README a table goes between ``<!-- table:NAME -->`` and ``<!-- /table -->``; NAME is ``table/profile``; or a
 table, whose laptop profile is meant; or ``bench``, ``bench_many``, ``bench_qlora`` or ``bench_longlora``, comparisons
-of the training step (`experiments.bench` and its neighbours), ``bench_serving`` or ``serving_exact``.  A profile without results has no files; one that lacks
-some says so.
+of the training step (`experiments.bench` and its neighbours); or ``bench_serving`` or ``serving_exact``, of serving.
+A profile without results has no files; one that lacks some says so.
 ``docs/parameter_counts.md`` has a place for the numbers that train (`experiments.parameter_counts`), which need no run.
 """
 

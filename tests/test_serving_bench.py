@@ -264,6 +264,7 @@ def test_exactness_is_checked_under_preemption_eviction_and_hits(bench: Bench, t
     assert serving_exact.missing(result["rows"]) == ["short: no preemptions"]
 
 
+@pytest.mark.filterwarnings("ignore:rank=")  # 64 is above these matrices' own
 def test_the_paper_s_settings_run_on_a_small_model(bench: Bench, tmp_path: Path, capsys: Any) -> None:
     options = {"model": bench.saved(), "adapters": "2,3", "rate": 30, "seconds": 0.4, "shortest": 2, "longest": 6}
     options |= {"batch": 4, "dtype": "float32", "rows": 2000, "folder": tmp_path, "out": tmp_path / "out.jsonl"}
