@@ -15,7 +15,7 @@ import numpy as np
 
 from experiments.serving_trace import Asked, prompt_of
 from peft_jax.serving.engine import Engine
-from peft_jax.serving.requests import Sampling
+from peft_jax.serving.requests import Refused, Sampling
 
 DONE = ("stop", "length")
 
@@ -111,12 +111,15 @@ def drive(
     outcomes, mine = [Outcome(asked) for asked in trace], dict[int, Outcome]()
     while (now := clock() - begin) < limit and (system.busy or next_one < len(trace)):
         while next_one < len(trace) and trace[next_one].time <= now:
-            asked = trace[next_one]
-            number = system.submit(prompt_of(next_one, asked.prompt, words), asked.new, asked.adapter)
-            mine[number] = outcomes[next_one]
+            asked, outcome = trace[next_one], outcomes[next_one]
+            try:
+                mine[system.submit(prompt_of(next_one, asked.prompt, words), asked.new, asked.adapter)] = outcome
+            except Refused:
+                outcome.finish = "refused"
             next_one += 1
         if not system.busy:
-            sleep(min(trace[next_one].time, limit) - now)
+            if next_one < len(trace):
+                sleep(min(trace[next_one].time, limit) - now)
             continue
         said = system.step()
         now = clock() - begin

@@ -109,14 +109,14 @@ def test_a_thousand_adapters_cost_what_five_do(places: list[Path]) -> None:
     assert many.stats["adapters_registered"] == 1000
     assert many.compiled == few.compiled and many.stats["compilations_total"] == few.stats["compilations_total"] == 3
     # What grows is what is moved: from five loads to one a request, of as many rows as the adapter has.
-    assert few.stats["adapter_loads_total"] == 5 and many.stats["adapter_loads_total"] > 25
+    assert few.stats["adapter_loads_total"] == 5 and many.stats["adapter_loads_total"] > 20
     assert many.stats["rows_adapters"] == ADAPTER * many.stats["adapters_resident"] > 0
 
 
 def test_ahead_of_one_adapter_a_batch_the_more_adapters_there_are(places: list[Path]) -> None:
     """(b) by tokens in equal passes."""
     ratios = []
-    for n in (1, 4, 32):
+    for n in (1, 16, 256):
         mixed, alone = Passes(), Passes(policy=Cluster(adapters=1))
         work = [p.until(p.register(n, places), asked(n), 40) for p in (mixed, alone)]
         ratios.append(work[0] / work[1])
@@ -137,7 +137,7 @@ def test_one_pool_does_as_well_as_the_best_split_and_better_as_loads_change(plac
             counts.append(passes.count)
         return counts
 
-    one = needed(prefix_block=0)
+    one = needed()
     split = {share: needed(serving_sides.SplitEngine, share=share) for share in (0.25, 0.4, 0.55, 0.75)}
     assert one[0] <= min(counts[0] for counts in split.values())
     assert one[1] <= min(counts[1] for counts in split.values())
@@ -152,7 +152,7 @@ def test_merging_wins_with_one_adapter_and_loses_with_two(places: list[Path]) ->
     passes, gathered = dict[int, list[int]](), dict[int, list[int]]()
     for n in (1, 2, 4):
         trace = [Asked(2.0 * i, i % n, 4, 8) for i in range(16)]
-        ours, swapped = Passes(prefix_block=0), Passes(prefix_block=0)
+        ours, swapped = Passes(), Passes()
         read = lambda i: serving_sides.deltas(places[i], MODEL)  # noqa: E731
         merge = serving_sides.MergeSwap(swapped.engine, read, patience=8.0, clock=swapped.clock)
         for side, system in ((ours, ours.register(n, places)), (swapped, merge)):
