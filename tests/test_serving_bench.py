@@ -143,6 +143,13 @@ def test_the_closed_loop_keeps_so_many_at_once() -> None:
 # -- the systems ------------------------------------------------------------------------------------------------------
 
 
+class Toy(Bench):
+    """All its engines have pools of one size, and share their programs."""
+
+    def rows(self, copies: int = 1) -> int:
+        return self.sizes.small
+
+
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: Any) -> Any:
     config = transformers.LlamaConfig(
@@ -159,9 +166,16 @@ def bench(tmp_path_factory: Any) -> Any:
     model = dataclasses.replace(model, params=jax.tree.map(lambda x: 8 * x if x.ndim > 2 else x, model.params))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("experiments.serving_adapters.STRENGTH", 0.5)
-        made = Bench(model, tmp_path_factory.mktemp("serving"), SIZES)
+        made = Toy(model, tmp_path_factory.mktemp("serving"), SIZES)
         made.adapters(4), made.adapters(1, (4,)), made.adapters(16, (2, 4))
         yield made
+
+
+def test_copies_and_their_pools_stay_under_the_cap(bench: Bench) -> None:
+    for copies in (1, 3, 50):
+        rows, cap = Bench.rows(bench, copies), SIZES.cap * bench.bytes
+        assert cap - copies * bench.row_bytes < copies * (bench.bytes + rows * bench.row_bytes) <= cap
+    assert serving_rows.serving_sides.copies_that_fit(80.0, 13.5, 2.0) == 5, "an A100's 80 GB, as in the paper"
 
 
 def tokens_of(system: Any, asked: list[tuple[list[int], int]]) -> list[list[int]]:
@@ -233,7 +247,7 @@ def test_the_benchmark_goes_on_where_it_stopped_and_reports(bench: Bench, tmp_pa
     assert "**Incomplete**" not in said and "does not fit" in said
     assert "One pool against the best split" in said and "8.05" in said
     with pytest.raises(ValueError, match="other sizes"):
-        bench_serving.run(Bench(bench.model, bench.folder, dataclasses.replace(SIZES, batch=3)), path, WHERE)
+        bench_serving.run(Toy(bench.model, bench.folder, dataclasses.replace(SIZES, batch=3)), path, WHERE)
 
 
 # -- exactness, and the paper's settings ------------------------------------------------------------------------------
@@ -250,7 +264,7 @@ def test_a_difference_counts_by_the_distance_of_the_largest_logits() -> None:
 def test_exactness_is_checked_under_preemption_eviction_and_hits(bench: Bench, tmp_path: Path) -> None:
     kinds = {"r2": (2, "(q|k)_proj"), "r8": (8, "(q|down)_proj")}
     sizes = serving_exact.Sizes(
-        lengths=(3, 9), new=6, requests=24, rows=600, short=140, block=2, kinds=kinds, shapes=SIZES.shapes
+        lengths=(3, 9), new=6, requests=24, rows=SIZES.small, short=140, block=2, kinds=kinds, shapes=SIZES.shapes
     )
     words = np.random.default_rng(3).integers(0, 64, 60).tolist()
     result = serving_exact.check(bench.model, tmp_path, words, sizes)
@@ -266,7 +280,7 @@ def test_exactness_is_checked_under_preemption_eviction_and_hits(bench: Bench, t
 
 def test_the_paper_s_settings_run_on_a_small_model(bench: Bench, tmp_path: Path, capsys: Any) -> None:
     options = {"model": bench.saved(), "adapters": "2,3", "rate": 30, "seconds": 0.4, "shortest": 2, "longest": 6}
-    options |= {"batch": 4, "dtype": "float32", "rows": 2000, "folder": tmp_path, "out": tmp_path / "out.jsonl"}
+    options |= {"batch": 1, "dtype": "float32", "rows": 400, "folder": tmp_path, "out": tmp_path / "out.jsonl"}
     serving_paper.main(["S1", *(str(x) for key, value in options.items() for x in (f"--{key}", value))])
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [line["adapters"] for line in lines] == [2, 3] == [line["adapters_registered"] for line in lines]
