@@ -121,12 +121,12 @@ class Bench:
 
     def engine(self, adapters: Sequence[Path] = (), kind: Any = Engine, **options: Any) -> Any:
         """An engine with these adapters registered and its programs compiled."""
-        options = {"rows": self.rows(), "shapes": self.sizes.shapes} | options
-        limits = Limits(max_batch=self.sizes.batch, patience=options.pop("patience", 30.0))
-        engine = kind(self.model, dtype=jnp.dtype(self.sizes.dtype), limits=limits, **options)
+        given: dict[str, Any] = {"rows": self.rows(), "shapes": self.sizes.shapes} | options
+        limits = Limits(max_batch=self.sizes.batch, patience=given.pop("patience", 30.0))
+        engine = kind(self.model, dtype=jnp.dtype(self.sizes.dtype), limits=limits, **given)
         for place in adapters:
             engine.load(place.name, place)
-        key = (kind is serving_sides.Padded and len(options["trees_by_name"]), options["rows"], options["shapes"])
+        key = given["rows"], given["shapes"]
         if kind is not serving_sides.Padded and key not in self._warm:
             engine.warm_up()
             self._warm.add(key)
