@@ -168,6 +168,7 @@ def bench(tmp_path_factory: Any) -> Any:
         patch.setattr("experiments.serving_adapters.STRENGTH", 0.5)
         made = Toy(model, tmp_path_factory.mktemp("serving"), SIZES)
         made.adapters(4), made.adapters(1, (4,)), made.adapters(16, (2, 4))
+        patch.setattr("peft_jax.serving.engine.Engine.warm_up", lambda self: 0)  # what is used compiles as it is used
         yield made
 
 
