@@ -18,7 +18,9 @@ import jax.numpy as jnp
 from experiments import serving_adapters, serving_load, serving_sides
 from experiments.serving_load import Served, System
 from experiments.serving_trace import Asked, Load, draw, phases
+from peft_jax import trees
 from peft_jax.interop import hf_peft
+from peft_jax.methods.lora import LoRA
 from peft_jax.serving import pool
 from peft_jax.serving.engine import Engine
 from peft_jax.serving.policies import Abort, Cluster, Fair, Fcfs, Policy
@@ -134,14 +136,15 @@ class Bench:
 
     # -- systems -------------------------------------------------------------------------------------------------------
 
-    def system(self, side: str, count: int, scale: Scale) -> System:
-        """One of the curves' systems, with so many adapters."""
+    def system(self, side: str, count: int, scale: Scale) -> System | None:
+        """One of the curves' systems, with so many adapters; None where the cap does not hold it."""
         places = self.adapters(count)
         if side == "peft":
             from experiments.serving_torch import Peft
 
             return Peft(self.saved(), places, self.sizes.batch)
-        return getattr(self, f"_{side.replace('-', '_')}")(places, scale)
+        found: System | None = getattr(self, f"_{side.replace('-', '_')}")(places, scale)
+        return found
 
     def saved(self) -> str:
         """The base as a Hugging Face directory, which PEFT's side loads."""
@@ -172,13 +175,21 @@ class Bench:
             engines.append(engine)
         return serving_sides.Copies(engines)
 
-    def _padded(self, places: list[Path], scale: Scale) -> System:
-        """The slots are as large as an adapter of rank `slot`, which is in the last one."""
+    def _padded(self, places: list[Path], scale: Scale) -> System | None:
+        """Slots as large as an adapter of rank `slot`, which is in the last one; the pool has what they leave."""
         (largest,) = self.adapters(1, (self.sizes.slot,))
         found = {place.name: hf_peft.load(place, self.model)[0] for place in places}
         found["largest"] = hf_peft.load(largest, self.model)[0]
-        engine = self.engine(kind=serving_sides.Padded, trees_by_name=found)
-        return serving_sides.PaddedSide(engine, ())
+        leaves = [w for w in trees.leaves(found["largest"]).values() if isinstance(w, LoRA)]
+        slots = len(found) * sum(w.a.nbytes + w.b.nbytes for w in leaves)
+        rows = self.rows() - slots // self.row_bytes
+        if rows < self.least():
+            return None
+        return serving_sides.PaddedSide(self.engine(kind=serving_sides.Padded, trees_by_name=found, rows=rows), ())
+
+    def least(self) -> int:
+        """Rows of the longest request."""
+        return 2 * (self.sizes.prompt[1] + self.sizes.new[1])
 
     # -- rows ----------------------------------------------------------------------------------------------------------
 
@@ -214,7 +225,7 @@ class Bench:
     def _of_curve(self, side: str, count: str, scale: Scale) -> tuple[System | None, list[Asked]]:
         n = int(count)
         trace = draw(self.load(n, scale.rate), self.sizes.seed)
-        least = 2 * sum(high for _, high in (self.sizes.prompt, self.sizes.new)) * self.row_bytes
+        least = self.least() * self.row_bytes
         if side == "copies" and n > serving_sides.copies_that_fit(self.sizes.cap * self.bytes, self.bytes, least):
             return None, trace
         return self.system(side, n, scale), trace
