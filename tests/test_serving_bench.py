@@ -246,7 +246,9 @@ def test_the_benchmark_goes_on_where_it_stopped_and_reports(bench: Bench, tmp_pa
             assert found["finished"] + found["aborted"] <= found["asked"], name
     said = bench_serving.report(result)
     assert "**Incomplete**" not in said and "does not fit" in said
-    assert "One pool against the best split" in said and "8.05" in said
+    assert "One pool against the best split" in said
+    beside = bench_serving.curve(result, "requests a second", [3, 5, 1000])
+    assert "| S-LoRA's paper: S-LoRA |  | 8.05 | 7.64 |" in beside and beside[2].endswith(" |  |  |")
     with pytest.raises(ValueError, match="other sizes"):
         bench_serving.run(Toy(bench.model, bench.folder, dataclasses.replace(SIZES, batch=3)), path, WHERE)
 
