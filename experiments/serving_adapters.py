@@ -1,7 +1,7 @@
 """Many adapters on disk, in HF PEFT's format, for demonstrations and measurements of serving.
 
-They are LoRA of a base, drawn and not trained, both matrices normal.  What a server does with an adapter (reads it,
-transfers it, multiplies by it) does not depend on what it has learnt.
+They are LoRA of a base, drawn and not trained: A as LoRA starts it, B normal.  What a server does with an adapter
+(reads, transfers, multiplies) does not depend on what it has learnt.
 """
 
 import dataclasses
@@ -22,7 +22,13 @@ STRENGTH = 0.02  # the sd of B: changes what the model writes, and leaves it a l
 
 
 def write(
-    folder: Path, model: Any, count: int, *, ranks: Sequence[int] = (8,), select: str = "(q|v)_proj"
+    folder: Path,
+    model: Any,
+    count: int,
+    *,
+    ranks: Sequence[int] = (8,),
+    select: str = "(q|v)_proj",
+    dtype: Any = np.float32,
 ) -> list[str]:
     """Writes `count` adapters, their ranks in turn, into directories of their own, and gives their names.
 
@@ -39,6 +45,7 @@ def write(
             key: random.standard_normal(x.shape, np.float32) * (STRENGTH if "lora_B" in key else x.shape[-1] ** -0.5)
             for key, x in tensors.items()
         }
+        drawn = {key: x.astype(dtype) for key, x in drawn.items()}
         (folder / name).mkdir(parents=True, exist_ok=True)
         save_file(drawn, folder / name / "adapter_model.safetensors")
         (folder / name / "adapter_config.json").write_text(json.dumps(config, indent=2))

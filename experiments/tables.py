@@ -5,8 +5,8 @@
 
 In the README a table goes between ``<!-- table:NAME -->`` and ``<!-- /table -->``; NAME is ``table/profile``; or a
 table, whose laptop profile is meant; or ``bench``, ``bench_many``, ``bench_qlora`` or ``bench_longlora``, comparisons
-of the training step (`experiments.bench` and its neighbours).  A profile without results has no files; one that lacks
-some says so.
+of the training step (`experiments.bench` and its neighbours); or ``bench_serving`` or ``serving_exact``, of serving.
+A profile without results has no files; one that lacks some says so.
 ``docs/parameter_counts.md`` has a place for the numbers that train (`experiments.parameter_counts`), which need no run.
 """
 
@@ -18,7 +18,16 @@ import re
 import statistics
 from pathlib import Path
 
-from experiments import bench, bench_longlora, bench_many, bench_qlora, harness, parameter_counts
+from experiments import (
+    bench,
+    bench_longlora,
+    bench_many,
+    bench_qlora,
+    bench_serving,
+    harness,
+    parameter_counts,
+    serving_exact,
+)
 from experiments.harness import RESULTS, TABLES, Metric, Part, Profile, Result, Table
 from experiments.provenance import ROOT
 
@@ -215,7 +224,7 @@ def update(tables: list[Table], results: Path = RESULTS, readme: Path = README, 
                 stale.append(f"{image}: was not made from these results")
                 if not check:
                     plot(table, name, found, image, key)
-    for module in (bench, bench_many, bench_qlora, bench_longlora):
+    for module in (bench, bench_many, bench_qlora, bench_longlora, bench_serving, serving_exact):
         path = results / module.RESULT.name
         shown[path.stem] = module.report(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else ""
     return stale + in_readme(shown, readme, check)
