@@ -123,9 +123,10 @@ def test_a_mixed_batch_writes_what_each_request_writes_alone(kind: str) -> None:
     assert len(host.device.programs) <= 5  # two blocks, chunks, what is left of them, single tokens
 
 
-def test_no_step_copies_the_pool() -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_step_copies_the_pool(dtype: str) -> None:
     model = models.from_config(zoo.CONFIGS["llama"], zoo.KEY)
-    host = Host(model, rows=20_000)
+    host = Host(model, jnp.dtype(dtype), rows=20_000)
     host.load("a", noisy(methods.lora(4, 8)(zoo.KEY, model.params, model.forward)[0], 0))
     requests = [([1, 2, 3], "a"), ([4, 5], None)]
     for batch in (
@@ -137,9 +138,10 @@ def test_no_step_copies_the_pool() -> None:
         assert lowered.alias_size_in_bytes >= device.nbytes > 4 * lowered.temp_size_in_bytes
 
 
-def test_a_freed_row_that_holds_no_numbers_shows_nowhere() -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_freed_row_that_holds_no_numbers_shows_nowhere(dtype: str) -> None:
     model = models.from_config(zoo.CONFIGS["llama"], zoo.KEY)
-    host = Host(model)
+    host = Host(model, jnp.dtype(dtype))
     host.load("a", noisy(methods.lora(3, 8)(zoo.KEY, model.params, model.forward)[0], 0))
     requests = [([1, 2, 3, 4, 5, 6, 7], "a"), ([4, 5], None)]
     clean = host.generate(requests, 4)

@@ -24,13 +24,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from peft_jax import sharding, trees
 from peft_jax.attention import Visible
 from peft_jax.core import Forward, Inputs, Params, Path, Spec
 from peft_jax.sequence import KeyValues, Sequence
 from peft_jax.serving import kernels, tensor
+from peft_jax.serving.stored import dtype_of, kept_in, stored
 from peft_jax.weights import Weight, linear, materialise, static
 
 NAME = "pool"
@@ -58,18 +59,18 @@ def width_of(spec: Spec) -> int:
     return spec.kv_heads * spec.head_dim
 
 
-def empty(spec: Spec, rows: int, dtype: Any, mesh: Mesh | None = None) -> Float[Array, "layers rows width"]:
+def empty(spec: Spec, rows: int, dtype: Any, mesh: Mesh | None = None) -> Shaped[Array, "layers rows width"]:
     where = None if mesh is None else NamedSharding(mesh, tensor.ROWS)
-    return jnp.zeros((spec.layers, rows, width_of(spec)), dtype, device=where)
+    return jnp.zeros((spec.layers, rows, width_of(spec)), kept_in(dtype), device=where)
 
 
 def write(
-    rows: Float[Array, "layers rows width"], ids: Int[Array, "n"], block: Float[Array, "layers n width"]
-) -> Float[Array, "layers rows width"]:
+    rows: Shaped[Array, "layers rows width"], ids: Int[Array, "n"], block: Float[Array, "layers n width"]
+) -> Shaped[Array, "layers rows width"]:
     """The array with a block in these rows; ids beyond the last are left out."""
 
     def own(rows: Array, ids: Array, block: Array) -> Array:
-        return rows.at[:, ids].set(block.astype(rows.dtype), mode="drop")
+        return rows.at[:, ids].set(stored(block, rows), mode="drop")
 
     return tensor.each_device(own, rows, (tensor.ROWS, P(), tensor.ROWS), tensor.ROWS)(rows, ids, block)
 
@@ -118,7 +119,7 @@ class Pooled(Weight):
 
 def low_rank(
     x: Float[Array, "... inputs"],
-    rows: Float[Array, "layers rows width"],
+    rows: Shaped[Array, "layers rows width"],
     layer: Int[Array, ""],
     a_rows: Int[Array, "batch m"],
     b_rows: Int[Array, "batch n"],
@@ -231,7 +232,7 @@ class Paged(KeyValues):
 
     @classmethod
     def start(cls, spec: Spec, rows: Array, context: Array, past: Array, new: Array, time: int) -> "Paged":
-        fresh = jnp.zeros((spec.layers, len(past), time, spec.kv_heads, spec.head_dim), rows.dtype)
+        fresh = jnp.zeros((spec.layers, len(past), time, spec.kv_heads, spec.head_dim), dtype_of(rows))
         fresh = tensor.placed(fresh, tensor.mesh_of(rows), P(None, None, None, tensor.AXIS))
         return cls(rows, context, past, new, fresh, fresh)
 
@@ -261,7 +262,7 @@ class Paged(KeyValues):
         put = lambda old, new: jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), (layer, 0, 0, 0, 0))  # noqa: E731
         cache = dataclasses.replace(self, keys=put(self.keys, key), values=put(self.values, value))
         # As they will be read from the pool by later calls, to the bit.
-        key, value = (x.astype(self.rows.dtype).astype(query.dtype) for x in (key, value))
+        key, value = (x.astype(dtype_of(self.rows)).astype(query.dtype) for x in (key, value))
         if visible.bias is not None:
             raise ValueError("attention over the pool knows no bias on scores")
 
@@ -286,7 +287,7 @@ class Paged(KeyValues):
     def advance(self, rows: int) -> "Paged":
         return self
 
-    def commit(self, ids: Int[Array, "batch time 2"]) -> Float[Array, "layers rows width"]:
+    def commit(self, ids: Int[Array, "batch time 2"]) -> Shaped[Array, "layers rows width"]:
         """The pool with the call's keys and values in these rows; ids beyond the last are left out."""
         layers, _, width = self.rows.shape
         block = jnp.concatenate([x.reshape(layers, -1, width) for x in (self.keys, self.values)], 1)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from peft_jax import sharding
 from peft_jax.core import Forward, Inputs, Params, Path, Ports
@@ -102,8 +102,12 @@ class Chosen(NamedTuple):
 
 
 def run(
-    forward: Forward, targets: tuple[Target, ...], params: Params, rows: Float[Array, "layers rows width"], batch: Batch
-) -> tuple[Float[Array, "layers rows width"], Chosen]:
+    forward: Forward,
+    targets: tuple[Target, ...],
+    params: Params,
+    rows: Shaped[Array, "layers rows width"],
+    batch: Batch,
+) -> tuple[Shaped[Array, "layers rows width"], Chosen]:
     """The pool with the batch's keys and values in it, and each row's next token."""
     tables = Tables(targets, rows.shape[-1], batch.rank).split(batch.adapters) if batch.rank else {}
     params = pool.given(params, rows, tables, batch.rank)

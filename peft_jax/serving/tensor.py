@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from peft_jax import sharding
 from peft_jax.core import Params, Spec
@@ -90,7 +90,7 @@ def each_device(own: Callable[..., Any], rows: Array, specs: tuple[P, ...], out:
 
 def shrink(
     x: Float[Array, "batch time inputs"],
-    rows: Float[Array, "layers rows width"],
+    rows: Shaped[Array, "layers rows width"],
     layer: Int[Array, ""],
     ids: Int[Array, "batch n"],
     rank: int,
@@ -102,7 +102,7 @@ def shrink(
 
 def expand(
     inner: Float[Array, "batch time rank"],
-    rows: Float[Array, "layers rows width"],
+    rows: Shaped[Array, "layers rows width"],
     layer: Int[Array, ""],
     ids: Int[Array, "batch n"],
     outputs: int,
@@ -114,7 +114,7 @@ def expand(
 
 def split_outputs(
     x: Float[Array, "batch time inputs"],
-    rows: Float[Array, "layers rows width"],
+    rows: Shaped[Array, "layers rows width"],
     layer: Int[Array, ""],
     a_rows: Int[Array, "batch m"],
     b_rows: Int[Array, "batch n"],
@@ -136,7 +136,7 @@ def split_outputs(
 def split_inputs(
     x: Float[Array, "batch time inputs"],
     base: Leaf,
-    rows: Float[Array, "layers rows width"],
+    rows: Shaped[Array, "layers rows width"],
     layer: Int[Array, ""],
     a_rows: Int[Array, "batch m"],
     b_rows: Int[Array, "batch n"],

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, Shaped
 
 from peft_jax.serving.kernels import low_rank, paged, xla
 
@@ -16,7 +16,7 @@ EVERYTHING = 2**30  # tokens: a window that hides none
 
 def lowrank(
     x: Float[Array, "batch time inputs"],
-    rows: Float[Array, "layers R W"],
+    rows: Shaped[Array, "layers R W"],
     layer: Int32[Array, ""] | int,
     a_rows: Int32[Array, "batch na"],
     b_rows: Int32[Array, "batch nb"],
@@ -68,7 +68,7 @@ def paged_attention(
     query: Float[Array, "batch time heads dim"],
     new_key: Float[Array, "batch time kv_heads dim"],
     new_value: Float[Array, "batch time kv_heads dim"],
-    rows: Float[Array, "layers R W"],
+    rows: Shaped[Array, "layers R W"],
     layer: Int32[Array, ""] | int,
     key_rows: Int32[Array, "batch context"],
     value_rows: Int32[Array, "batch context"],

@@ -2,20 +2,21 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, Shaped
 
 from peft_jax.attention import HIDDEN, soft_cap
+from peft_jax.serving.stored import dtype_of, numbers
 
 
 def gathered(
-    rows: Float[Array, "layers R W"], layer: Int32[Array, ""], ids: Int32[Array, "batch n"]
+    rows: Shaped[Array, "layers R W"], layer: Int32[Array, ""], ids: Int32[Array, "batch n"]
 ) -> Float[Array, "batch n W"]:
     """Some rows of one layer: one gather from the pool, of which no layer is sliced out first."""
-    return rows.at[layer, ids].get(mode="clip", wrap_negative_indices=False)
+    return numbers(rows.at[layer, ids].get(mode="clip", wrap_negative_indices=False))
 
 
 def matrices(
-    rows: Float[Array, "layers R W"], layer: Int32[Array, ""], ids: Int32[Array, "batch n"], rank: int, wide: int
+    rows: Shaped[Array, "layers R W"], layer: Int32[Array, ""], ids: Int32[Array, "batch n"], rank: int, wide: int
 ) -> Float[Array, "batch rank wide"]:
     """The matrices that lie in those rows, direction after direction."""
     flat = gathered(rows, layer, ids).reshape(ids.shape[0], -1)
@@ -24,7 +25,7 @@ def matrices(
 
 def lowrank(
     x: Float[Array, "batch time inputs"],
-    rows: Float[Array, "layers R W"],
+    rows: Shaped[Array, "layers R W"],
     layer: Int32[Array, ""],
     a_rows: Int32[Array, "batch na"],
     b_rows: Int32[Array, "batch nb"],
@@ -47,7 +48,7 @@ def paged_attention(
     query: Float[Array, "batch time heads dim"],
     new_key: Float[Array, "batch time kv_heads dim"],
     new_value: Float[Array, "batch time kv_heads dim"],
-    rows: Float[Array, "layers R W"],
+    rows: Shaped[Array, "layers R W"],
     layer: Int32[Array, ""],
     key_rows: Int32[Array, "batch context"],
     value_rows: Int32[Array, "batch context"],
@@ -88,7 +89,7 @@ def paged_attention(
 
 def common(x: Array, rows: Array) -> jnp.dtype:
     """The dtype in which the input meets the pool: their own where it is one, else fp32."""
-    return x.dtype if x.dtype == rows.dtype else jnp.dtype(jnp.float32)
+    return x.dtype if x.dtype == dtype_of(rows) else jnp.dtype(jnp.float32)
 
 
 def product(how: str, a: Array, b: Array) -> Array:
