@@ -172,21 +172,20 @@ class Padded(Engine):
         super().__init__(model, prefix_block=0, **options)
         stacked, _ = adapters.stack(trees_by_name, model.forward)
         slots = {path: w for path, w in trees.leaves(stacked).items() if isinstance(w, adapters.Adapters)}
-        self._slots = dict[int, int]()
-        self._paths = tuple(slots)
+        self._slots, self._stacked = dict[int, int](), slots
         nest = lambda path, leaf: dataclasses.replace(leaf, base=slots[path]) if path in slots else leaf  # noqa: E731
         self.device.params = trees.map_leaves(nest, self.device.params)
 
     def _start(self, rows: list[tuple[Request, int]]) -> Chosen:
         decode = all(r.uncached == 1 for r, _ in rows)
         batch = fit(len(rows), self.shapes.rows, "rows") if decode else self.shapes.prompts
-        used = np.full((self.device.layers, batch), -1, np.int32)
-        used[:, : len(rows)] = [self._slots[r.id] for r, _ in rows]
+        used = np.full(batch, -1, np.int32)
+        used[: len(rows)] = [self._slots[r.id] for r, _ in rows]
 
         def each(path: LeafPath, leaf: Any) -> Any:
-            if path not in self._paths:
+            if path not in self._stacked:
                 return leaf
-            return dataclasses.replace(leaf, base=dataclasses.replace(leaf.base, active=used))
+            return dataclasses.replace(leaf, base=self._stacked[path].of_rows(jnp.asarray(used)))
 
         self.device.params = trees.map_leaves(each, self.device.params)
         return super()._start(rows)
