@@ -77,7 +77,7 @@ class Replica:
             await call
 
 
-@serve.deployment
+@serve.deployment(ray_actor_options={"num_cpus": 0})
 class Front:
     """Names each request's model to Ray, and passes the answer on."""
 
