@@ -14,6 +14,7 @@ OpenAI's clients talk to the front; the answers, streams too, are passed on as t
 import argparse
 import asyncio
 import json
+import os
 import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -48,7 +49,7 @@ class Replica:
         return name
 
     async def stats(self) -> dict[str, float]:
-        return await self.server.worker.call(lambda engine: dict(engine.stats()))
+        return {"pid": os.getpid(), **await self.server.worker.call(lambda engine: dict(engine.stats()))}
 
     async def ask(self, method: str, path: str, body: bytes) -> AsyncIterator[Any]:
         """Status and content type, then the answer's pieces."""
@@ -122,7 +123,7 @@ def check(model: str, adapters: str, names: list[str], replicas: int, rounds: in
         each = dict[float, dict[str, float]]()
         for _ in range(40):  # Ray answers from whichever replica it likes
             stats = handle.stats.remote().result()
-            each[stats["tokens_prompt_total"]] = stats
+            each[stats["pid"]] = stats
         loads = [int(stats["adapter_loads_total"]) for stats in each.values()]
         found["affinity" if affinity else "any replica"] = {"loads": loads, "adapters": len(names), "rounds": rounds}
         serve.delete("default")
