@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from experiments import serving_adapters
 from experiments.data import smollm2
@@ -44,10 +45,10 @@ def main() -> int:
     print(f"{len(names)} adapters in {adapters} ({time.perf_counter() - start:.0f} s)\n")
     port = free_port()
     options = ["--model", str(smollm2()), "--adapters", str(adapters), "--port", str(port), "--context", "256"]
-    log = (OUT / "server.log").open("w")
+    log = (OUT / "server.log").open("w+")
     server = subprocess.Popen([sys.executable, "-m", "peft_jax.serving", *options], stdout=log, stderr=log)
     try:
-        wait_for(server, port)
+        wait_for(server, port, log)
         print(f"serving at http://127.0.0.1:{port} after {time.perf_counter() - start:.0f} s; one answer each:\n")
         base = json.loads(get(port, "/v1/models"))["data"][0]["id"]
         ask_all(port, [base, *names[:: ADAPTERS // CLIENTS][: CLIENTS - 1]])
@@ -65,11 +66,11 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_for(server: subprocess.Popen[bytes], port: int, seconds: float = 300) -> None:
+def wait_for(server: subprocess.Popen[bytes], port: int, log: IO[str], seconds: float = 300) -> None:
     """Until the server answers.
 
     Raises:
-        RuntimeError: if it ends first, or takes longer, with where its log is.
+        RuntimeError: if it ends first, or takes longer, with the end of its log.
     """
     until = time.monotonic() + seconds
     while time.monotonic() < until and server.poll() is None:
@@ -78,7 +79,8 @@ def wait_for(server: subprocess.Popen[bytes], port: int, seconds: float = 300) -
                 return
         except OSError:
             time.sleep(0.3)
-    raise RuntimeError(f"the server does not answer: see {OUT / 'server.log'}")
+    log.seek(0)
+    raise RuntimeError(f"the server did not come up: {log.read()[-2000:]}")
 
 
 def get(port: int, path: str) -> str:

@@ -36,7 +36,7 @@ from safetensors.numpy import load_file, save_file
 
 from experiments import serving_adapters
 from experiments.data import smollm2
-from experiments.demo_serve import free_port, get
+from experiments.demo_serve import free_port, get, wait_for
 from peft_jax import models
 
 RANKS = (1, 4, 8, 24)
@@ -177,7 +177,7 @@ def soak(model: Path, seconds: float, clients: int, seed: int, rows: int = ROWS)
         options += ["--rows", str(rows), "--context", str(CONTEXT), "--queue", str(QUEUE), "--max-batch", "4"]
         server = subprocess.Popen([sys.executable, "-m", "peft_jax.serving", *options], stdout=log, stderr=log)
         try:
-            wait(server, port, log)
+            wait_for(server, port, log)
             base = json.loads(get(port, "/v1/models"))["data"][0]["id"]
             load = Soak(port, base, names, folder, seed, time.monotonic() + seconds)
             threads = [threading.Thread(target=load.client, args=[i]) for i in range(clients)]
@@ -214,18 +214,6 @@ def faults(answers: list[Answer], state: dict[str, float], memory: list[int], st
     if status:
         found.append(f"the server ended with {status}")
     return found
-
-
-def wait(server: subprocess.Popen[bytes], port: int, log: Any, seconds: float = 300) -> None:
-    until = time.monotonic() + seconds
-    while time.monotonic() < until and server.poll() is None:
-        try:
-            if "ok" in get(port, "/health"):
-                return
-        except OSError:
-            time.sleep(0.2)
-    log.seek(0)
-    raise RuntimeError(f"the server did not come up: {log.read()[-2000:]}")
 
 
 def at_rest(port: int, seconds: float = 60) -> dict[str, float]:

@@ -19,33 +19,15 @@ from peft_jax.attention import EVERYWHERE, Visible
 from peft_jax.core import Inputs, Ports
 
 
-class KeyValues:
-    """What a layer's attention reads beside its own tokens, and writes: `attend`; `advance` once all layers have.
-
-    One that lays out the sequence itself has `arrange` (`peft_jax.serving.pool`)."""
-
-    def attend(
-        self,
-        attend: Callable[..., Array],
-        layer: Array,
-        query: Array,
-        key: Array | None,
-        value: Array | None,
-        visible: Visible,
-        scale: float,
-    ) -> tuple[Array, "KeyValues"]:
-        raise NotImplementedError
-
-    def advance(self, rows: int) -> "KeyValues":
-        raise NotImplementedError
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class Cache(KeyValues):
+class Cache:
     """A key-value cache: keys and values ``[layers, batch, slots, kv_heads, dim]``, the segment of each filled slot
     (0 where a slot is padding or empty) ``[batch, slots]``, and how many slots are filled; once it is started, also how
-    many rows the first call's ports put before the tokens."""
+    many rows the first call's ports put before the tokens.
+
+    A layer calls `attend`, a model `advance` behind its layers: a cache of another kind has both, and `arrange`, by
+    which it lays out the sequence itself (`peft_jax.serving.pool`)."""
 
     keys: Array
     values: Array
@@ -116,7 +98,7 @@ class Sequence(NamedTuple):
     cache: Any
     rows: tuple[int, int]  # put before the tokens: by the prefix, by the prompt
 
-    def finish(self, x: Array, cache: KeyValues | None) -> Any:
+    def finish(self, x: Array, cache: Any) -> Any:
         """The real tokens' features, with the cache, if there is one, ready for the next call."""
         prefix, prompt = self.rows
         rows = prefix + x.shape[1]
@@ -130,7 +112,7 @@ def arrange(inputs: Inputs, x: Float[Array, "batch time width"], ports: Ports, c
     Given positions are those of the tokens alone, too: what is put before them is added.
     """
     (batch, time), cache = inputs.tokens.shape[:2], inputs.cache
-    if hasattr(cache, "arrange"):  # one that lays out its rows itself (`peft_jax.serving.pool`)
+    if hasattr(cache, "arrange"):
         return cache.arrange(inputs, x)
     started = cache is not None and cache.before is not None
     prompt, prefix = (None, None) if started else (ports.prompt, ports.prefix)

@@ -70,8 +70,11 @@ def engine(saved: Any, left: int = 4000, model: Any = MODEL, **options: Any) -> 
     """An engine that gives out so many rows; all have pools of one size, and share their programs."""
     with mock.patch.object(serving_engine, "Allocator", return_value=Allocator(left)):
         made = Engine(model, rows=4000, shapes=SHAPES, **options)
-    for name in KINDS:
-        made.load(name, saved.folder / name)
+    identities = [made.load(name, saved.folder / name) for name in KINDS]
+    made.store.prefetch(identities)  # who joins a batch must not hang on how fast a disk is
+    while made.store.copies.reading:
+        made.store.wait(60)
+        made.store.poll()
     return made
 
 

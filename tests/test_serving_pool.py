@@ -149,6 +149,16 @@ def test_a_freed_row_that_holds_no_numbers_shows_nowhere(dtype: str) -> None:
     assert host.generate(requests, 4) == clean
 
 
+def test_a_block_of_any_dtype_is_written_by_one_program() -> None:
+    """What a warm-up compiles serves adapters of the pool's own dtype."""
+    host = Host(models.from_config(zoo.CONFIGS["llama"], zoo.KEY), jnp.bfloat16)
+    ids, block = np.array([3], np.int32), np.ones((zoo.LAYERS, 1, host.device.width), np.float32)
+    host.device.put(ids, block)
+    compiled = step._write._cache_size()
+    host.device.put(ids, block.astype(jnp.bfloat16))
+    assert step._write._cache_size() == compiled
+
+
 def test_what_is_no_product_of_low_rank_is_refused() -> None:
     model = models.from_config(zoo.CONFIGS["llama"], zoo.KEY)
     targets = pool.targets_of(model.forward, model.params)

@@ -22,7 +22,7 @@ from peft_jax.core import Forward, Inputs, Params, Ports
 from peft_jax.layers import Embed, LayerNorm, Linear, activation, run_layers
 from peft_jax.models.causal_lm import causal_lm, init_causal_lm
 from peft_jax.models.tensors import Tensor
-from peft_jax.sequence import KeyValues, arrange, layer_attention
+from peft_jax.sequence import arrange, layer_attention
 
 MODEL_TYPES = ("gpt2",)
 HEADS: tuple[str, ...] = ()
@@ -100,9 +100,7 @@ class Attention(nn.Module):
     attend: Callable[..., Array]
 
     @nn.compact
-    def __call__(
-        self, x: Array, visible: Visible, prefix: Any, cache: KeyValues | None, layer: Array
-    ) -> tuple[Array, KeyValues | None]:
+    def __call__(self, x: Array, visible: Visible, prefix: Any, cache: Any, layer: Array) -> tuple[Array, Any]:
         c = self.config
         query, key, value = Projections(c, name="c_attn")(x)
         if c.scale_by_layer:  # on the queries, since kernels want a static scale

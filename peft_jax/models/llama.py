@@ -21,7 +21,7 @@ from peft_jax.layers import Embed, Linear, RMSNorm, activation, run_layers
 from peft_jax.models import rotary
 from peft_jax.models.causal_lm import causal_lm, init_causal_lm
 from peft_jax.models.tensors import Tensor
-from peft_jax.sequence import KeyValues, arrange, layer_attention
+from peft_jax.sequence import arrange, layer_attention
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 HEADS: tuple[str, ...] = ()
@@ -109,8 +109,8 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, turn: tuple[Array, Array], visible: Visible, prefix: Any, cache: KeyValues | None, layer: Array
-    ) -> tuple[Array, KeyValues | None]:
+        self, x: Array, turn: tuple[Array, Array], visible: Visible, prefix: Any, cache: Any, layer: Array
+    ) -> tuple[Array, Any]:
         c = self.config
         batch, time = x.shape[:2]
 

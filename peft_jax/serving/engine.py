@@ -226,11 +226,10 @@ class Engine:
         self._counted["steps_total"] += len(started)
         chosen = [(rows, Chosen(*map(np.asarray, found))) for rows, found in started]  # waits for the device
         now = self.clock()
-        fresh = {request.id for request, _ in plan.prefill if not request.generated}
         self.scheduler.computed(plan, now)
         for rows, found in chosen:
             for i, (request, n) in enumerate(rows):
-                self._counted["tokens_prompt_total"] += n if request.id in fresh else 0
+                self._counted["tokens_prompt_total"] += 0 if request.generated else n
                 if request.state == "running" and not request.uncached:
                     events.append(self._token(request, i, found, now))
         return events

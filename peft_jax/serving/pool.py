@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from peft_jax import sharding, trees
 from peft_jax.attention import Visible
 from peft_jax.core import Forward, Inputs, Params, Path, Spec
-from peft_jax.sequence import KeyValues, Sequence
+from peft_jax.sequence import Sequence
 from peft_jax.serving import kernels, tensor
 from peft_jax.serving.stored import dtype_of, kept_in, stored
 from peft_jax.weights import Weight, linear, materialise, static
@@ -108,27 +108,14 @@ class Pooled(Weight):
             return linear(x, self.base)
         tables = (self.rows, self.layer, self.a_rows, self.b_rows, self.rank)
         mesh, outputs = tensor.mesh_of(self.rows), self.shape[-1]
+        each = x.reshape(len(self.a_rows), -1, x.shape[-1])  # the tokens of a row of the batch follow one another
         if mesh is None:
-            return linear(x, self.base) + low_rank(x, *tables, outputs)
-        each = x.reshape(len(self.a_rows), -1, x.shape[-1])
-        if self.ends:
+            added = kernels.lowrank(each, *tables, outputs)
+        elif self.ends:
             return tensor.split_inputs(each, self.base, *tables, mesh).reshape(*x.shape[:-1], outputs)
-        added = tensor.split_outputs(each, *tables, outputs, mesh).reshape(*x.shape[:-1], outputs)
-        return linear(x, self.base) + added
-
-
-def low_rank(
-    x: Float[Array, "... inputs"],
-    rows: Shaped[Array, "layers rows width"],
-    layer: Int[Array, ""],
-    a_rows: Int[Array, "batch m"],
-    b_rows: Int[Array, "batch n"],
-    rank: int,
-    outputs: int,
-) -> Float[Array, "... outputs"]:
-    """``x[i] A_iᵀ B_i``, the matrices gathered once for each row of the batch, whose tokens follow one another in x."""
-    each = x.reshape(a_rows.shape[0], -1, x.shape[-1])
-    return kernels.lowrank(each, rows, layer, a_rows, b_rows, rank, outputs).reshape(*x.shape[:-1], outputs)
+        else:
+            added = tensor.split_outputs(each, *tables, outputs, mesh)
+        return linear(x, self.base) + added.reshape(*x.shape[:-1], outputs)
 
 
 def adapt(params: Params, targets: tuple[Target, ...], layers: int) -> Params:
@@ -214,7 +201,7 @@ class Tables(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class Paged(KeyValues):
+class Paged:
     """A key-value cache whose rows lie in the pool: what a call reads there, and what it will have to write.
 
     rows         the pool
@@ -252,13 +239,12 @@ class Paged(KeyValues):
         attend: Callable[..., Array],
         layer: Array,
         query: Array,
-        key: Array | None,
-        value: Array | None,
+        key: Array,
+        value: Array,
         visible: Visible,
         scale: float,
     ) -> tuple[Array, "Paged"]:
         """Attention over the earlier tokens and the call's own."""
-        assert key is not None and value is not None
         put = lambda old, new: jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), (layer, 0, 0, 0, 0))  # noqa: E731
         cache = dataclasses.replace(self, keys=put(self.keys, key), values=put(self.values, value))
         # As they will be read from the pool by later calls, to the bit.

@@ -174,7 +174,7 @@ class Device:
             params = sharding.shard(params, forward, mesh)
         self.targets, self.layers, self.width, self.total = targets, spec.layers, pool.width_of(spec), rows
         self.forward, self.params = forward, pool.adapt(params, targets, spec.layers)
-        self.rows = pool.empty(spec, rows, dtype, mesh)
+        self.dtype, self.rows = jnp.dtype(dtype), pool.empty(spec, rows, dtype, mesh)
         self.programs = set[tuple[int, ...]]()
         """What was compiled for this device, by shape."""
 
@@ -189,7 +189,8 @@ class Device:
         more = (1 << (len(ids) - 1).bit_length()) - len(ids)
         padded = np.pad(ids.astype(np.int32), (0, more), constant_values=self.total)
         self.programs.add((len(padded),))
-        block = np.pad(block, ((0, 0), (0, more), (0, 0)))
+        # Of one dtype, whatever is given: another would be another program.
+        block = np.pad(block.astype(self.dtype, copy=False), ((0, 0), (0, more), (0, 0)))
         if self.mesh is not None:  # to each device its own columns
             block = jax.device_put(block, NamedSharding(self.mesh, tensor.ROWS))
         self.rows = _write(self.rows, padded, block)
